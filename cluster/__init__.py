@@ -1,0 +1,1 @@
+"""Runs it somewhere. The only package that imports ray."""

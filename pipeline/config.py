@@ -1,0 +1,159 @@
+"""What the pipeline is told: storage, order, augmentation. Standard library only.
+
+A field made by `execution` says how a run is carried out (threads, cadence, memory). It never changes which
+images, crops, flips and masks a step trains on, so a resumed run may change it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def execution(default: Any) -> Any:
+    """A dataclass field that does not change a run's result."""
+    return field(default=default, metadata={"changes_result": False})
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    """How patient the store is. Credentials and endpoints come from the standard chains (AWS_* and so on)."""
+
+    deadline_s: float = execution(120.0)
+    """One request, with all its retries, may take this long, in seconds."""
+    read_timeout_s: float = execution(15.0)
+    """A connection that sends nothing for this long is dropped and tried again, in seconds."""
+    num_attempts: int = execution(8)
+    """Tries a request, the first one included."""
+
+    def __post_init__(self) -> None:
+        require(self.deadline_s > 0, f"store.deadline_s ({self.deadline_s}) must be positive")
+        require(self.read_timeout_s > 0, f"store.read_timeout_s ({self.read_timeout_s}) must be positive")
+        require(self.num_attempts >= 1, f"store.num_attempts ({self.num_attempts}) must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """RandomResizedCrop, flip and mask, with MAE's defaults (He et al. 2022, section 4 and appendix A.1)."""
+
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width of a training image, in pixels."""
+    patch_size: int = 16
+    """Side of a square patch, in pixels."""
+    mask_ratio: float = 0.75
+    """Fraction of the patches that is removed."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Range of a crop's area, as a fraction of the image's."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of a crop's width over its height."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means of a [0, 1] image, subtracted on the model's device."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations of a [0, 1] image."""
+
+    def __post_init__(self) -> None:
+        height, width = self.image_size
+        patch = self.patch_size
+        require(
+            patch >= 1 and height >= patch and width >= patch and height % patch == 0 and width % patch == 0,
+            f"augment.image_size ({height}, {width}) must be multiples of augment.patch_size ({patch})",
+        )
+        kept = num_kept_patches(self)
+        require(
+            0 < kept < num_patches(self),
+            f"augment.mask_ratio ({self.mask_ratio}) must keep at least one of {num_patches(self)} patches "
+            f"and remove at least one; it keeps {kept}",
+        )
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"augment.crop_scale ({low}, {high}) must be 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, f"augment.crop_ratio ({low}, {high}) must be 0 < low <= high")
+        require(
+            0 <= self.flip_probability <= 1,
+            f"augment.flip_probability ({self.flip_probability}) must be in [0, 1]",
+        )
+        require(min(self.std) > 0, f"augment.std {self.std} must be positive")
+
+
+def num_patches(augment: AugmentConfig) -> int:
+    """Patches N of an image."""
+    height, width = augment.image_size
+    return (height // augment.patch_size) * (width // augment.patch_size)
+
+
+def num_kept_patches(augment: AugmentConfig) -> int:
+    """Patches K that the encoder sees, `int(N * (1 - mask_ratio))` as in the official code."""
+    return int(num_patches(augment) * (1 - augment.mask_ratio))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which images each step trains on, and how they get there."""
+
+    global_batch_size: int = 4096
+    """Images an optimizer step, over all ranks."""
+    num_lanes: int = 256
+    """Parallel runs through the dataset; ranks share them out, so no more ranks than this can train."""
+    seed: int = 0
+    """Keys every random choice: order, crops, flips, masks, initial weights."""
+    shuffle_window_samples: int = 128
+    """Consecutive samples of a lane that are shuffled together, and held in memory together."""
+    augment: AugmentConfig = AugmentConfig()
+    decode_device: Literal["cpu", "mixed"] = "cpu"
+    """`cpu`, or `mixed` for nvJPEG on a GPU. The two differ in the last bit of some pixels."""
+    micro_batch_size: int | None = execution(None)
+    """Images a rank per forward pass; None takes the rank's whole share at once."""
+    max_bad_samples: int = execution(100)
+    """Damaged samples that a rank may replace before the run stops."""
+    num_decode_threads: int | None = execution(None)
+    """Threads a rank for decoding; None uses the CPUs that this process may use."""
+    num_fetches: int = execution(8)
+    """Ranged reads in flight a rank."""
+    fetch_bytes: int = execution(8 * 2**20)
+    """Longest ranged read, in bytes; a longer sample is read in one."""
+    read_ahead_steps: int = execution(2)
+    """Steps whose bytes are requested ahead of the one being decoded."""
+    prefetch_batches: int = execution(2)
+    """Decoded micro-batches that wait for the model."""
+    store: StoreConfig = execution(StoreConfig())
+
+    def __post_init__(self) -> None:
+        batch, lanes = self.global_batch_size, self.num_lanes
+        require(lanes >= 1, f"data.num_lanes ({lanes}) must be at least 1")
+        require(batch >= 1, f"data.global_batch_size ({batch}) must be at least 1")
+        require(
+            batch % lanes == 0,
+            f"data.global_batch_size ({batch}) must be divisible by data.num_lanes ({lanes}); "
+            f"use {max(batch // lanes, 1) * lanes} or {(batch // lanes + 1) * lanes}",
+        )
+        require(
+            0 <= self.seed < 2**63,
+            f"data.seed ({self.seed}) must be in [0, 2**63)",
+        )
+        positive = (
+            "shuffle_window_samples",
+            "num_fetches",
+            "fetch_bytes",
+            "read_ahead_steps",
+            "prefetch_batches",
+        )
+        for name in positive:
+            require(getattr(self, name) >= 1, f"data.{name} ({getattr(self, name)}) must be at least 1")
+        require(
+            self.max_bad_samples >= 0, f"data.max_bad_samples ({self.max_bad_samples}) must not be negative"
+        )
+        for name in ("micro_batch_size", "num_decode_threads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name} ({value}) must be at least 1")
+        require(
+            self.decode_device in ("cpu", "mixed"),
+            f"data.decode_device ({self.decode_device!r}) must be 'cpu' or 'mixed'",
+        )

@@ -1,0 +1,219 @@
+"""What the trainer is told: model, optimisation, parallelism, cadence. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.config import DataConfig, execution, require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The asymmetric MAE; image and patch size come from `data.augment`. Defaults are ViT-B's."""
+
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 8
+    decoder_num_heads: int = 16
+    norm_pix_loss: bool = True
+    """Normalise each target patch by its own mean and variance."""
+
+    def __post_init__(self) -> None:
+        for prefix in ("", "decoder_"):
+            width, heads = getattr(self, f"{prefix}embed_dim"), getattr(self, f"{prefix}num_heads")
+            require(
+                heads >= 1 and width >= 1 and width % heads == 0,
+                f"model.{prefix}embed_dim ({width}) must be divisible by model.{prefix}num_heads ({heads})",
+            )
+            require(
+                width % 4 == 0,
+                f"model.{prefix}embed_dim ({width}) must be divisible by 4 for the 2-D sin-cos position embedding",
+            )
+            depth = getattr(self, f"{prefix}depth")
+            require(depth >= 1, f"model.{prefix}depth ({depth}) must be at least 1")
+        require(self.mlp_ratio > 0, f"model.mlp_ratio ({self.mlp_ratio}) must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay (He et al. 2022, table 8)."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate for a batch of 256; the peak is `base_lr * global_batch_size / 256`."""
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    num_epochs: float = 800.0
+    """Length of the run, in epochs; `num_steps` overrides it."""
+    num_steps: int | None = None
+    """Length of the run, in optimizer steps."""
+    warmup_fraction: float = 0.05
+    """Share of the run that the learning rate rises from 0: 40 of 800 epochs in the paper."""
+
+    def __post_init__(self) -> None:
+        require(self.base_lr > 0, f"optim.base_lr ({self.base_lr}) must be positive")
+        require(
+            self.min_lr >= 0,
+            f"optim.min_lr ({self.min_lr}) must not be negative",
+        )
+        require(self.weight_decay >= 0, f"optim.weight_decay ({self.weight_decay}) must not be negative")
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas {self.betas} must be in [0, 1)",
+        )
+        require(self.num_epochs > 0, f"optim.num_epochs ({self.num_epochs}) must be positive")
+        require(
+            self.num_steps is None or self.num_steps >= 1,
+            f"optim.num_steps ({self.num_steps}) must be at least 1",
+        )
+        require(
+            0 <= self.warmup_fraction < 1,
+            f"optim.warmup_fraction ({self.warmup_fraction}) must be in [0, 1)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model is spread over ranks, and in which precision it runs."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of parameters in forward and backward; gradients are reduced, and weights kept, in fp32."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.precision in ("fp32", "bf16"),
+            f"parallel.precision ({self.precision!r}) must be 'fp32' or 'bf16'",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are taken and which are kept."""
+
+    every_steps: int = execution(500)
+    """Optimizer steps between checkpoints; a last one is always taken at the end and on a stop."""
+    keep_last: int = execution(3)
+    """Newest committed checkpoints that are kept; older ones are deleted after a commit."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 1, f"checkpoint.every_steps ({self.every_steps}) must be at least 1")
+        require(
+            self.keep_last >= 2,
+            f"checkpoint.keep_last ({self.keep_last}) must be at least 2: one may be damaged",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """How often numbers leave the training loop."""
+
+    every_steps: int = execution(10)
+    """Optimizer steps between reads from the device, progress updates and checks for a stop request."""
+    flush_s: float = execution(30.0)
+    """Longest time that a record waits before it is written to the run, in seconds."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 1, f"log.every_steps ({self.every_steps}) must be at least 1")
+        require(self.flush_s > 0, f"log.flush_s ({self.flush_s}) must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One pretraining run, whole: the CLI's options, the Ray payload and the record in run.json."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = execution(CheckpointConfig())
+    log: LogConfig = execution(LogConfig())
+
+
+def num_steps(config: TrainConfig, num_samples: int) -> int:
+    """Optimizer steps of the whole run over a dataset of `num_samples` images."""
+    if config.optim.num_steps is not None:
+        return config.optim.num_steps
+    return max(1, math.ceil(config.optim.num_epochs * num_samples / config.data.global_batch_size))
+
+
+def peak_lr(config: TrainConfig) -> float:
+    """Learning rate after warm-up, by the linear scaling rule (Goyal et al. 2017)."""
+    return config.optim.base_lr * config.data.global_batch_size / 256
+
+
+def check_world(config: TrainConfig, world_size: int) -> None:
+    """Raise ValueError if `world_size` ranks cannot train this config."""
+    lanes, batch = config.data.num_lanes, config.data.global_batch_size
+    require(world_size >= 1, f"num_workers ({world_size}) must be at least 1")
+    require(
+        world_size <= lanes,
+        f"num_workers ({world_size}) must be at most data.num_lanes ({lanes}); "
+        "use more lanes or fewer workers",
+    )
+    largest, smallest = -(-lanes // world_size) * (batch // lanes), lanes // world_size * (batch // lanes)
+    micro = config.data.micro_batch_size or largest
+    require(
+        -(-largest // micro) <= smallest,
+        f"data.micro_batch_size ({micro}) needs {-(-largest // micro)} micro-batches on a rank that has "
+        f"{smallest} images at num_workers {world_size}; use 2 or more",
+    )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config tree as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[Any], values: dict[str, Any], path: str = "") -> Any:
+    """A config tree from plain JSON values.
+
+    Args:
+        kind: the dataclass to build, for example TrainConfig.
+        values: as `to_dict` wrote them; a missing field takes its default.
+        path: where in the tree this is, for messages.
+
+    Raises:
+        ValueError: unknown field, or a value that the config refuses.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    require(not unknown, f"unknown field {path}{', '.join(unknown)}; known are {', '.join(fields)}")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _from_json(hints[name], value, f"{path}{name}.") for name, value in values.items()})
+
+
+def _from_json(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type[Any], hint), value, path)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return tuple(value)
+    if origin in (typing.Union, types.UnionType) and isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def differences(recorded: TrainConfig, given: TrainConfig) -> list[str]:
+    """Fields that change a run's result and are not the same, as `path: recorded -> given`."""
+    return _differences(recorded, given, "")
+
+
+def _differences(recorded: Any, given: Any, path: str) -> list[str]:
+    found: list[str] = []
+    for field in dataclasses.fields(recorded):
+        if not field.metadata.get("changes_result", True):
+            continue
+        before, after = getattr(recorded, field.name), getattr(given, field.name)
+        if dataclasses.is_dataclass(before):
+            found += _differences(before, after, f"{path}{field.name}.")
+        elif before != after:
+            found.append(f"{path}{field.name}: {before!r} -> {after!r}")
+    return found

@@ -1,0 +1,114 @@
+"""One encoded image, as it will be stored: proven to decode, in a format and a mode that training decodes."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_IMAGE_BYTES = 2**28
+# Pillow's own limit against decompression bombs, a quarter GiB of RGB: the largest photographs pass.
+MAX_IMAGE_PIXELS = 89_478_485
+
+# Kept byte for byte. BMP and TIFF have too many variants to trust each to a decoder: they become PNG, without loss.
+_KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_READ_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_KEPT_MODES = ("RGB", "L")
+_16_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
+
+
+class BadImageError(Exception):
+    """The bytes are not a whole image that can be trained on; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """Bytes for a shard; `extension` is that of the content, height and width are without EXIF rotation."""
+
+    data: bytes
+    extension: str
+    height: int
+    width: int
+    converted: bool
+
+
+def prepare_image(data: bytes) -> StoredImage:
+    """Decode an image fully, to prove it whole, and choose what is stored of it.
+
+    8-bit RGB and grey JPEG, PNG and WebP are stored as they are. Anything else (CMYK, palette, alpha, 16 bit, GIF,
+    BMP, TIFF, the first frame of an animation) is stored as an RGB PNG; alpha is dropped, not blended, as the usual
+    `convert("RGB")` of image-folder loaders does.
+
+    Raises:
+        BadImageError: the bytes are no image, or a damaged, too large or unsupported one.
+    """
+    if not data:
+        raise BadImageError("the file is empty")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadImageError(f"{len(data)} bytes are more than an image may have ({MAX_IMAGE_BYTES})")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata is not our concern; sizes are checked here
+            return _prepare(data)
+    except UnidentifiedImageError as error:
+        raise BadImageError("the content is no JPEG, PNG, WebP, BMP, TIFF or GIF image") from error
+    except BadImageError:
+        raise
+    except Exception as error:  # decoders raise whatever a damaged file makes them trip over
+        # Without addresses, so that the manifest is the same each time.
+        reason = _ADDRESS.sub("the file", str(error)).strip() or type(error).__name__
+        raise BadImageError(f"cannot be decoded: {reason}") from error
+
+
+def _prepare(data: bytes) -> StoredImage:
+    with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_IMAGE_PIXELS:
+            raise BadImageError(f"{width} x {height} pixels are more than an image may have ({MAX_IMAGE_PIXELS})")
+        image_format = image.format or ""
+        animated_webp = image_format == "WEBP" and getattr(image, "n_frames", 1) > 1
+        image.load()
+        if image_format == "PNG":
+            _check_png(data)
+        extension = _KEPT_FORMATS.get(image_format)
+        if extension is not None and image.mode in _KEPT_MODES and not animated_webp:
+            return StoredImage(data, extension, height, width, converted=False)
+        rgb = _to_rgb(image)
+    rgb.info.clear()  # a colour profile or a transparent colour of the old mode would be wrong in the new one
+    buffer = io.BytesIO()
+    rgb.save(buffer, "PNG")
+    return StoredImage(buffer.getvalue(), "png", rgb.height, rgb.width, converted=True)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _16_BIT_MODES:
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImageError(f"32-bit pixels (mode {image.mode}) have no defined range; convert it to 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def _check_png(data: bytes) -> None:
+    """Check that all chunks are whole: Pillow stops at the last pixel, other decoders refuse what follows.
+
+    Source: W3C PNG specification, section 5.3, chunk layout.
+    """
+    position = len(_PNG_SIGNATURE)
+    while True:
+        length = int.from_bytes(data[position : position + 4], "big")
+        end = position + 12 + length
+        if end > len(data):
+            raise BadImageError("cannot be decoded: the PNG is cut off")
+        if zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise BadImageError("cannot be decoded: a chunk of the PNG does not match its checksum")
+        if data[position + 4 : position + 8] == b"IEND":
+            return
+        position = end

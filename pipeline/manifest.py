@@ -1,0 +1,275 @@
+"""The manifest of a dataset and the index of a shard: read, write, check.
+
+Layout of a dataset in a bucket: `manifest.json` (written last: it is the commit), `shard-000000.tar`,
+`shard-000000.idx`, `index/shard-000000.parquet`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import ManifestError, ShardError, StoreNotFoundError
+from pipeline.store import Store
+
+MANIFEST_PATH = "manifest.json"
+FORMAT_VERSION = 1
+UNLABELLED = -1
+
+_METADATA_KEY = b"tarmac"
+_SHARD_NAME = re.compile(r"shard-\d{6,}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COLUMNS = {
+    "offset": np.int64,
+    "num_bytes": np.int64,
+    "crc32c": np.uint32,
+    "height": np.int32,
+    "width": np.int32,
+    "label": np.int32,
+}
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar file of a dataset: its size in bytes, its sha256, and the sha256 of its parquet index."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A file of the source that was left out: its path there, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset holds. A sample's id is its row in the order of `shards`."""
+
+    num_samples: int
+    num_bytes: int
+    classes: tuple[str, ...] | None
+    settings: dict[str, Any]
+    shards: tuple[ShardInfo, ...]
+    bad_samples: tuple[BadSample, ...]
+    version: int = FORMAT_VERSION
+
+    def to_json(self) -> bytes:
+        """The manifest as JSON, one shard a line, the same bytes for the same content."""
+        head = {
+            "version": self.version,
+            "num_samples": self.num_samples,
+            "num_bytes": self.num_bytes,
+            "settings": dict(sorted(self.settings.items())),
+            "classes": None if self.classes is None else list(self.classes),
+        }
+        fields = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+        for name, rows in (("bad_samples", self.bad_samples), ("shards", self.shards)):
+            lines = ",\n  ".join(json.dumps(asdict(row)) for row in rows)
+            fields.append(f'"{name}": [\n  {lines}\n ]' if rows else f'"{name}": []')
+        return ("{\n " + ",\n ".join(fields) + "\n}\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            ManifestError: it is not JSON, has missing or unknown fields, or its counts do not add up.
+        """
+        try:
+            fields = json.loads(data)
+            version = fields.get("version")
+            if version != FORMAT_VERSION:
+                raise ManifestError(
+                    f"version ({version!r}) must be {FORMAT_VERSION}; a newer Tarmac may have written it"
+                )
+            classes = fields.pop("classes")
+            manifest = cls(
+                classes=None if classes is None else tuple(classes),
+                shards=tuple(ShardInfo(**row) for row in fields.pop("shards")),
+                bad_samples=tuple(BadSample(**row) for row in fields.pop("bad_samples")),
+                **fields,
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ManifestError(f"is not a dataset manifest: {error!r}") from error
+        _check(manifest)
+        return manifest
+
+    def digest(self) -> str:
+        """Sha256 of the JSON, in hex: the identity of the dataset."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def _check(manifest: Manifest) -> None:
+    seen: set[str] = set()
+    for shard in manifest.shards:
+        if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
+            raise ManifestError(f"shard name {shard.name!r} must look like 'shard-000000'")
+        if shard.name in seen:
+            raise ManifestError(f"{shard.name} is listed twice")
+        seen.add(shard.name)
+        for field in ("num_samples", "num_bytes"):
+            value = getattr(shard, field)
+            if type(value) is not int or value < 1:
+                raise ManifestError(f"{shard.name}: {field} ({value!r}) must be a positive integer")
+        for field in ("sha256", "index_sha256"):
+            value = getattr(shard, field)
+            if not isinstance(value, str) or not _SHA256.fullmatch(value):
+                raise ManifestError(f"{shard.name}: {field} ({value!r}) must be 64 hex digits")
+    for field in ("num_samples", "num_bytes"):
+        stated, summed = getattr(manifest, field), sum(getattr(shard, field) for shard in manifest.shards)
+        if stated != summed:
+            raise ManifestError(f"{field} ({stated!r}) must be the sum over its shards ({summed})")
+    if not manifest.shards:
+        raise ManifestError("lists no shards")
+    if manifest.classes is not None and not all(isinstance(name, str) for name in manifest.classes):
+        raise ManifestError("classes must be a list of names, or null")
+    if not isinstance(manifest.settings, dict):
+        raise ManifestError("settings must be an object")
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Read and check the manifest of the dataset at `store`.
+
+    Raises:
+        ManifestError: there is none, or it is damaged.
+        StoreError: the store does not answer or refuses us.
+    """
+    try:
+        data = store.read(MANIFEST_PATH)
+    except StoreNotFoundError as error:
+        raise ManifestError(
+            f"{store}/{MANIFEST_PATH} does not exist, so there is no finished dataset at this URL; "
+            f"make one, or finish it, with `tarmac shard SOURCE {store}` ({error})"
+        ) from error
+    try:
+        return Manifest.from_json(data)
+    except ManifestError as error:
+        raise ManifestError(
+            f"{store}/{MANIFEST_PATH} {error}; restore it, or write the dataset anew at another URL"
+        ) from error
+
+
+def write_manifest(store: Store, manifest: Manifest) -> None:
+    """Write the manifest: from now on the dataset exists."""
+    _check(manifest)
+    store.write(MANIFEST_PATH, manifest.to_json())
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """Where each of a shard's n samples lies, in tar order.
+
+    Args:
+        keys: [n] str, unique in the dataset.
+        offset: [n] int64, first byte of the image in the tar.
+        num_bytes: [n] int64, length of the image.
+        crc32c: [n] uint32, of the image's bytes.
+        height: [n] int32, as stored in the file, before any EXIF rotation.
+        width: [n] int32.
+        label: [n] int32, position in the manifest's classes; -1 where there are none.
+    """
+
+    keys: np.ndarray
+    offset: np.ndarray
+    num_bytes: np.ndarray
+    crc32c: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    label: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+
+def tar_path(name: str) -> str:
+    """Where shard `name` lies in the dataset."""
+    return f"{name}.tar"
+
+
+def idx_path(name: str) -> str:
+    """Where DALI's index of shard `name` lies in the dataset."""
+    return f"{name}.idx"
+
+
+def index_path(name: str) -> str:
+    """Where the parquet index of shard `name` lies in the dataset."""
+    return f"index/{name}.parquet"
+
+
+def write_index(store: Store, name: str, index: ShardIndex, metadata: dict[str, Any] | None = None) -> str:
+    """Write a shard's index; `metadata` (JSON values) rides in the parquet schema.
+
+    Returns:
+        Sha256 of the file, in hex.
+    """
+    columns = {"key": pa.array(index.keys.tolist(), pa.string())}
+    columns |= {column: pa.array(getattr(index, column)) for column in _COLUMNS}
+    table = pa.table(columns).replace_schema_metadata(
+        {_METADATA_KEY: json.dumps(metadata or {}, sort_keys=True).encode()}
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    data = buffer.getvalue()
+    store.write(index_path(name), data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_index(store: Store, info: ShardInfo) -> ShardIndex:
+    """Read a shard's index and check it against the manifest.
+
+    Raises:
+        ShardError: it is missing, is not the file that the manifest names, or has another number of rows.
+        StoreError: the store does not answer or refuses us.
+    """
+    where = f"{store}/{index_path(info.name)}"
+    try:
+        data = store.read(index_path(info.name))
+    except StoreNotFoundError as error:
+        raise ShardError(f"{where} is missing; run `tarmac verify {store}` ({error})") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != info.index_sha256:
+        raise ShardError(
+            f"{where} has sha256 {found}, but the manifest says {info.index_sha256}; it was changed or damaged: "
+            f"restore it, or write the dataset anew"
+        )
+    index, _ = parse_index(data, where)
+    if len(index) != info.num_samples:
+        raise ShardError(f"{where} has {len(index)} rows, but the manifest says {info.num_samples}")
+    return index
+
+
+def parse_index(data: bytes, where: str) -> tuple[ShardIndex, dict[str, Any]]:
+    """Parse the bytes of a shard's index.
+
+    Returns:
+        The index, and the metadata that was written with it.
+
+    Raises:
+        ShardError: the bytes are not such an index; `where` names them.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(data), memory_map=False)
+        # Variable-width strings: a third of the memory of Python's, and hundreds of indexes are held at once.
+        keys = np.array(table["key"].to_pylist(), dtype=np.dtypes.StringDType())
+        columns = {
+            column: np.ascontiguousarray(table[column].to_numpy(), dtype=dtype) for column, dtype in _COLUMNS.items()
+        }
+        metadata = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        raise ShardError(f"{where} is not a shard index: {error}") from error
+    return ShardIndex(keys=keys, **columns), metadata

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import tarfile
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import SourceError
+from pipeline.sources import FolderSource, Listing, TarSource, _keys, open_source
+from pipeline.store import Store
+
+
+def touch(root: Path, *paths: str) -> Path:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(path.encode())
+    return root
+
+
+def make_tar(path: Path, *names: str, format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(name.encode())
+            tar.addfile(member, io.BytesIO(name.encode()))
+    return path
+
+
+def rows(listing: Listing) -> list[tuple[str, str, int, int]]:
+    return [(ref.key, ref.path, ref.num_bytes, ref.label) for ref in listing.refs]
+
+
+def test_an_image_folder_has_classes(tmp_path: Path) -> None:
+    touch(tmp_path, "b/1.jpg", "b/0.PNG", "a/deep/er/2.webp", "a/notes.txt", "README", "empty/x.csv")
+    listing = FolderSource(str(tmp_path)).scan()
+    assert rows(listing) == [
+        ("a/deep/er/2", "a/deep/er/2.webp", 16, 0),
+        ("b/0", "b/0.PNG", 7, 1),
+        ("b/1", "b/1.jpg", 7, 1),
+    ]
+    assert listing.classes == ("a", "b")
+    assert listing.num_ignored == 3
+
+
+def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "0.jpeg", "folder/labels.csv")
+    listing = FolderSource(str(tmp_path)).scan()
+    assert rows(listing) == [("0", "0.jpeg", 6, -1), ("1", "1.jpg", 5, -1)]
+    assert listing.classes is None
+    assert listing.num_ignored == 1
+
+
+def test_a_folder_that_is_both_names_one_of_each(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.jpg", "zero.jpg")
+    with pytest.raises(SourceError, match=r"top \(zero\.jpg\) and in folders \(cat/1\.jpg\).*move"):
+        FolderSource(str(tmp_path)).scan()
+
+
+def test_a_folder_around_the_class_folders_is_no_class(tmp_path: Path) -> None:
+    touch(tmp_path, "data/train/a/1.jpg", "data/train/b/1.jpg")
+    listing = FolderSource(str(tmp_path)).scan()
+    assert listing.classes == ("a", "b")
+    assert [ref.key for ref in listing.refs] == ["a/1", "b/1"]
+    one_class = FolderSource(str(touch(tmp_path / "other", "cat/1.jpg", "cat/2.jpg"))).scan()
+    assert one_class.classes == ("cat",)
+
+
+def test_nothing_to_read_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds no images \(0 other files\); give a folder"):
+        open_source(str(tmp_path)).scan()
+    touch(tmp_path, "a.txt")
+    with pytest.raises(SourceError, match=r"holds no images \(1 other files\)"):
+        open_source(str(tmp_path)).scan()
+    with pytest.raises(SourceError, match="does not exist; give"):
+        open_source(str(tmp_path / "nowhere"))
+    with pytest.raises(SourceError, match="is a file, not a folder"):
+        open_source(str(tmp_path / "a.txt"))
+    with pytest.raises(SourceError, match="compressed tar"):
+        open_source(str(tmp_path / "a.tar.gz"))
+    with pytest.raises(SourceError, match="holds no images"):
+        open_source(str(make_tar(tmp_path / "none.tar", "a.txt"))).scan()
+
+
+def test_hidden_files_are_ignored(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "a/._1.jpg", ".cache/2.jpg", "a/.jpg")
+    listing = FolderSource(str(tmp_path)).scan()
+    assert [ref.path for ref in listing.refs] == ["a/1.jpg"]
+    assert TarSource(str(make_tar(tmp_path / "x.tar", "a/1.jpg", "__x/._1.jpg"))).scan().num_ignored == 1
+
+
+def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
+    touch(tmp_path / "real", "1.jpg")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "linked").symlink_to(tmp_path / "real")
+    (source / "a").mkdir()
+    (source / "a" / "file.jpg").symlink_to(tmp_path / "real" / "1.jpg")
+    (source / "a" / "up").symlink_to(source)
+    (source / "a" / "broken.jpg").symlink_to(tmp_path / "gone.jpg")
+    os.mkfifo(source / "a" / "pipe.jpg")
+    folder = FolderSource(str(source))
+    listing = folder.scan()
+    assert rows(listing) == [
+        ("a/broken", "a/broken.jpg", 0, 0),
+        ("a/file", "a/file.jpg", 5, 0),
+        ("linked/1", "linked/1.jpg", 5, 1),
+    ]
+    assert listing.num_ignored == 1
+    assert folder.read(listing.refs[2]) == b"1.jpg"
+    with pytest.raises(FileNotFoundError):
+        folder.read(listing.refs[0])
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_is_read_as_the_folder_it_was_made_of(tmp_path: Path, format: int) -> None:
+    names = ["b/1.jpg", "ä/" + "long" * 20 + ".jpg", "b/10.JPEG", "b/notes.txt"]
+    folder = touch(tmp_path / "folder", *names)
+    with tarfile.open(tmp_path / "x.tar", "w", format=format) as tar:
+        tar.add(folder, ".")
+    source = pickle.loads(pickle.dumps(open_source(str(tmp_path / "x.tar"))))
+    listing = source.scan()
+    assert rows(listing) == rows(FolderSource(str(folder)).scan())
+    assert listing.classes == ("b", "ä")
+    assert listing.num_ignored == 1
+    for ref in listing.refs:
+        assert source.read(ref) == ref.path.encode()
+
+
+def test_members_are_read_at_their_offsets(tmp_path: Path) -> None:
+    # More bytes than one block of read-ahead, so that headers lie in, across and beyond it.
+    contents = {f"{number:04d}.png": bytes([number % 251]) * (number * 37 + 1) for number in range(200)}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    source = TarSource(str(tmp_path / "x.tar"))
+    listing = source.scan()
+    assert listing.classes is None
+    assert {ref.path: source.read(ref) for ref in listing.refs} == contents
+
+
+def test_a_tar_keeps_what_unpacking_it_would(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for content in (b"old", b"newer"):
+            member = tarfile.TarInfo("a.jpg")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        tar.addfile(link)
+        link = tarfile.TarInfo("c.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
+        tar.addfile(link)
+    source = TarSource(str(tmp_path / "x.tar"))
+    assert {ref.path: source.read(ref) for ref in source.scan().refs} == {"a.jpg": b"newer", "b.jpg": b"newer"}
+
+
+@pytest.mark.parametrize("cut", [700, 1200])
+def test_a_truncated_tar_is_an_error(tmp_path: Path, cut: int) -> None:
+    path = make_tar(tmp_path / "x.tar", "a.jpg", "b" * 600 + ".jpg", format=tarfile.GNU_FORMAT)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(SourceError, match="not a whole uncompressed tar"):
+        TarSource(str(path)).scan()
+
+
+def test_a_damaged_header_is_an_error_not_an_early_end(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar", "a.jpg", "b.jpg", "c.jpg")
+    data = bytearray(path.read_bytes())
+    data[1024 + 3] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match=r"bad header, after 1 files"):
+        TarSource(str(path)).scan()
+    path.write_bytes(b"this is no tar" * 100)
+    with pytest.raises(SourceError, match="not a whole uncompressed tar"):
+        TarSource(str(path)).scan()
+
+
+def test_folders_and_tars_in_buckets(tmp_path: Path) -> None:
+    names = ("a/1.jpg", "b/2.png", "b/x.txt")
+    folder = touch(tmp_path / "folder", *names)
+    bucket = Store("memory://test-sources/data")
+    for name in names:
+        bucket.write(name, (folder / name).read_bytes())
+    bucket.write("all.tar", make_tar(tmp_path / "all.tar", *names).read_bytes())
+    expected = rows(FolderSource(str(folder)).scan())
+    tar = open_source("memory://test-sources/data/all.tar")
+    assert rows(tar.scan()) == expected
+    assert tar.read(tar.scan().refs[1]) == b"b/2.png"
+    remote = open_source("memory://test-sources/data")
+    assert rows(remote.scan()) == expected
+    assert remote.read(remote.scan().refs[1]) == b"b/2.png"
+
+
+def test_keys_of_files_that_differ_in_their_extension_only() -> None:
+    assert _keys(["a.jpeg", "a.jpg", "a.png", "a.png.jpg", "a=png.jpg"]) == [
+        "a",
+        "a=jpg",
+        "a=png",
+        "a%2Epng",
+        "a%3Dpng",
+    ]
+
+
+PATHS = st.builds(
+    lambda folders, stem, extension: "/".join([*folders, stem]) + extension,
+    st.lists(st.text(st.characters(exclude_characters="/\0", exclude_categories=()), min_size=1), max_size=2),
+    st.text(st.sampled_from("aA.=%é \udc80-"), min_size=1, max_size=80).filter(lambda stem: stem.strip(".")),
+    st.sampled_from([".jpg", ".JPG", ".png", ".jpeg"]),
+)
+
+
+@given(st.lists(PATHS, unique=True, max_size=30).map(sorted))
+def test_keys_are_safe_unique_and_say_the_path(paths: list[str]) -> None:
+    try:
+        for path in paths:
+            os.fsencode(path)
+    except UnicodeEncodeError:  # no file system gives such a name
+        return
+    keys = _keys(paths)
+    assert len(set(keys)) == len(paths)
+    for key, path in zip(keys, paths, strict=True):
+        assert re.fullmatch(r"[A-Za-z0-9_%=/-]{1,90}", key)
+        if "=" not in key:
+            assert unquote(key, errors="surrogateescape") == os.path.splitext(path)[0]

@@ -129,10 +129,11 @@ class DataConfig:
         batch, lanes = self.global_batch_size, self.num_lanes
         require(lanes >= 1, f"data.num_lanes ({lanes}) must be at least 1")
         require(batch >= 1, f"data.global_batch_size ({batch}) must be at least 1")
+        below, above = batch // lanes * lanes, (batch // lanes + 1) * lanes
         require(
             batch % lanes == 0,
             f"data.global_batch_size ({batch}) must be divisible by data.num_lanes ({lanes}); "
-            f"use {max(batch // lanes, 1) * lanes} or {(batch // lanes + 1) * lanes}",
+            f"use {f'{below} or {above}' if below else above}",
         )
         require(
             0 <= self.seed < 2**63,
@@ -147,9 +148,7 @@ class DataConfig:
         )
         for name in positive:
             require(getattr(self, name) >= 1, f"data.{name} ({getattr(self, name)}) must be at least 1")
-        require(
-            self.max_bad_samples >= 0, f"data.max_bad_samples ({self.max_bad_samples}) must not be negative"
-        )
+        require(self.max_bad_samples >= 0, f"data.max_bad_samples ({self.max_bad_samples}) must not be negative")
         for name in ("micro_batch_size", "num_decode_threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name} ({value}) must be at least 1")

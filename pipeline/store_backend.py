@@ -1,0 +1,58 @@
+"""What the store asks of a kind of storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from pipeline.errors import StoreError
+
+TEMPORARY_PREFIX = ".tarmac-tmp-"
+"""Unfinished files and probes: never listed."""
+
+
+class Sink(Protocol):
+    """Where a Writer's bytes go: nothing is visible before commit."""
+
+    def append(self, data: memoryview) -> None:
+        """Take the next bytes."""
+
+    def commit(self) -> None:
+        """Make the object visible, whole."""
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+
+
+class Backend(Protocol):
+    """One kind of storage. Paths are whole (`bucket/key`, `/dir/file`); errors are the libraries' own."""
+
+    def read(self, path: str, offset: int | None, num_bytes: int) -> bytes:
+        """The whole object, or at most `num_bytes` from `offset` on."""
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write or replace an object, atomically."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write an object if there is none."""
+
+    def sink(self, path: str) -> Sink:
+        """Start an object whose bytes come piece by piece."""
+
+    def find(self, path: str) -> Iterator[tuple[str, int]]:
+        """Path and length in bytes of each object below the directory `path`."""
+
+    def size(self, path: str) -> int:
+        """Length in bytes. FileNotFoundError or IsADirectoryError if it is no object."""
+
+    def remove(self, path: str) -> None:
+        """Delete an object; an absent one is fine."""
+
+    def remove_tree(self, path: str) -> None:
+        """Delete all objects below the directory `path`."""
+
+    def check_writable(self, path: str) -> None:
+        """Fail if objects below `path` could not be written."""
+
+    def explain(self, error: Exception) -> tuple[type[StoreError], str, str]:
+        """What kind of error this is to the caller, its reason, and its remedy."""

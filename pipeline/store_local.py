@@ -1,0 +1,137 @@
+"""Local files as object storage: a write is a temporary file in the same directory, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+from pipeline.errors import StoreError, StoreNotFoundError
+from pipeline.store_backend import TEMPORARY_PREFIX
+
+
+class LocalBackend:
+    """Files by their whole paths. Errors are the operating system's."""
+
+    def read(self, path: str, offset: int | None, num_bytes: int) -> bytes:
+        """All bytes, or `num_bytes` from `offset` on."""
+        with open(path, "rb") as file:
+            if offset is None:
+                return file.read()
+            file.seek(offset)
+            return file.read(num_bytes)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Replace a file, atomically."""
+        sink = LocalSink(path)
+        try:
+            sink.append(memoryview(data))
+            sink.commit()
+        except BaseException:
+            sink.abort()
+            raise
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Link a complete file into place, which fails where one is."""
+        sink = LocalSink(path)
+        try:
+            sink.append(memoryview(data))
+            sink.sync()
+            os.link(sink.temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            sink.abort()
+        _sync_directory(sink.temporary.parent)
+        return True
+
+    def sink(self, path: str) -> LocalSink:
+        """A stream into `path`."""
+        return LocalSink(path)
+
+    def find(self, path: str) -> Iterator[tuple[str, int]]:
+        """Path and length in bytes of each file below the directory `path`."""
+        for directory, _, names in os.walk(path):
+            for name in names:
+                file = os.path.join(directory, name)
+                with suppress(FileNotFoundError):  # renamed or removed by someone else while we walk
+                    yield file, os.stat(file).st_size
+
+    def size(self, path: str) -> int:
+        """Length in bytes."""
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        return os.stat(path).st_size
+
+    def remove(self, path: str) -> None:
+        """Delete a file."""
+        Path(path).unlink(missing_ok=True)
+
+    def remove_tree(self, path: str) -> None:
+        """Delete a directory; a file of that name stays, as it would in an object store."""
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+
+    def check_writable(self, path: str) -> None:
+        """Ask for the nearest directory that exists; make nothing."""
+        nearest = Path(path)
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+
+    def explain(self, error: Exception) -> tuple[type[StoreError], str, str]:
+        """By the system's error number."""
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
+            return StoreNotFoundError, reason, "check the path"
+        if isinstance(error, PermissionError):
+            return StoreError, reason, "check the permissions of the path"
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return StoreError, reason, "free some space there"
+        return StoreError, reason, "check the path and its file system"
+
+
+class LocalSink:
+    """A temporary file beside its target."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.temporary = Path(path).parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
+        self.temporary.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.temporary, "xb")  # noqa: SIM115 (closed by sync and abort)
+
+    def append(self, data: memoryview) -> None:
+        """Write on."""
+        self.file.write(data)
+
+    def sync(self) -> None:
+        """Put the bytes on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def commit(self) -> None:
+        """Rename onto the target."""
+        self.sync()
+        os.replace(self.temporary, self.path)
+        _sync_directory(self.temporary.parent)
+
+    def abort(self) -> None:
+        """Delete the temporary file."""
+        self.file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,114 @@
+"""An HTTP proxy in front of an S3 server that misbehaves on request."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+Action = Literal["503", "cut the body", "reset", "lose the answer", "say nothing"]
+
+
+@dataclass
+class Faults:
+    """What the proxy does wrong, and what it has seen."""
+
+    endpoint: str = ""
+    planned: list[tuple[str, str, Action]] = field(default_factory=list)
+    """Method, part of the URL, action: each happens once, to the first request that matches."""
+    requests: list[str] = field(default_factory=list)
+    """Method and URL of every request so far."""
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def plan(self, *faults: tuple[str, str, Action]) -> None:
+        """Add faults, and forget the requests so far."""
+        self.planned.extend(faults)
+        self.requests.clear()
+
+    def take(self, method: str, path: str) -> Action | None:
+        """The fault for this request."""
+        self.requests.append(f"{method} {path}")
+        for number, (wanted, part, action) in enumerate(self.planned):
+            if wanted == method and part in path:
+                del self.planned[number]
+                return action
+        return None
+
+
+@contextmanager
+def start_faulty_proxy(upstream: str) -> Iterator[Faults]:
+    """Serve on loopback, pass everything on to `upstream`, but for the faults that are planned."""
+    faults = Faults()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one_request(self) -> None:
+            try:
+                super().handle_one_request()
+            except ConnectionError:  # the client gave up on us
+                self.close_connection = True
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            action = faults.take(self.command, self.path)
+            if action == "say nothing":
+                faults.over.wait()
+            if action in ("say nothing", "reset"):
+                self.close_connection = True
+            elif action == "503":
+                self.answer(503, [("Content-Length", "0")], b"")
+            else:
+                status, headers, answer = self.ask(body)
+                if action == "lose the answer":
+                    self.close_connection = True
+                    return
+                if action == "cut the body":
+                    answer, self.close_connection = answer[: len(answer) // 2], True
+                self.answer(status, headers, answer)
+
+        def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+            connection = http.client.HTTPConnection(urlsplit(upstream).netloc, timeout=30)
+            try:
+                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    if name.lower() != "expect":
+                        connection.putheader(name, value)
+                connection.endheaders(body)
+                response = connection.getresponse()
+                return response.status, response.getheaders(), response.read()
+            finally:
+                connection.close()
+
+        def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+            self.send_response_only(status)
+            for name, value in headers:
+                if name.lower() not in ("transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            if not any(name.lower() == "content-length" for name, _ in headers):
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on  # noqa: N815
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    faults.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield faults
+    finally:
+        faults.over.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()

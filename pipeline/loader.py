@@ -1,0 +1,288 @@
+"""The loader of one rank: iterate Batches from a step on, for ever."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from pipeline.augment import Crops, draw_crops, draw_masks
+from pipeline.config import DataConfig, require
+from pipeline.dataset import Dataset
+from pipeline.decode import DecodeError, Decoder
+from pipeline.order import num_micro_steps
+from pipeline.reader import EncodedSample, Quarantined, Reader
+
+# Images in DALI's hands at a time. Longer cuts are no faster, and a cut's crops are held decoded, 0.3 MB each.
+_DECODE_BATCH_SIZE = 32
+_POLL_S = 0.05
+_CLOSE_S = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of a rank. Tensors are on the loader's device.
+
+    B may differ by one between micro-batches, and is 0 where a rank has fewer images in a step than micro-steps.
+    """
+
+    images: UInt8[Tensor, "B 3 H W"]
+    """RGB, 0 to 255, cropped and flipped."""
+    kept_ids: Int64[Tensor, "B K"]
+    """Patches that the encoder sees, in the order of their noise."""
+    masked_ids: Int64[Tensor, "B M"]
+    """Patches that are removed, likewise."""
+    sample_ids: Int64[Tensor, " B"]
+    """What was really trained on: replacements, where samples were damaged."""
+    labels: Int64[Tensor, " B"]
+    """Classes; -1 in a dataset without labels."""
+    step: int
+    micro_step: int
+    num_micro_steps: int
+    quarantined: tuple[Quarantined, ...] = ()
+    """Samples of this micro-batch that were replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderStats:
+    """Where a loader's time went since it was made, in seconds, and what it did."""
+
+    wait_s: float
+    """The consumer waited for a batch."""
+    fetch_wait_s: float
+    """The decoding thread waited for bytes."""
+    decode_s: float
+    """The decoding thread decoded and augmented."""
+    full_s: float
+    """The decoding thread waited for the consumer: the model is the limit, not the pipeline."""
+    fetched_bytes: int
+    num_batches: int
+
+
+class Loader:
+    """Batches of one rank, from a step on, for ever: all micro-batches of a step, then the next step.
+
+    The pixels, masks, ids and labels at a position depend on (dataset, config) alone: not on the world size, the
+    number of threads, the micro-batches, or the step that the loader started from.
+
+    Reads run on the reader's threads, decoding on a thread here and on the decoder's, and at most
+    `config.prefetch_batches` micro-batches wait for the model.
+
+    Args:
+        dataset: from `open_dataset`.
+        config: what and how.
+        dp_rank: this rank among those that share the global batch.
+        dp_world_size: number of such ranks, at most `config.num_lanes`.
+        start_step: the first step.
+        device: where the batches go.
+
+    Raises:
+        ValueError: rank, world size or step are out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: DataConfig,
+        *,
+        dp_rank: int = 0,
+        dp_world_size: int = 1,
+        start_step: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._config, self._device = config, torch.device(device)
+        _check(config, dp_rank, dp_world_size, start_step, self._device)
+        self.num_micro_steps = num_micro_steps(config, dp_world_size)
+        self._reader = Reader(dataset, config, rank=dp_rank, world_size=dp_world_size, start_step=start_step)
+        self._decoder = Decoder(
+            config.augment,
+            device=config.decode_device,
+            num_threads=config.num_decode_threads or _num_cpus(),
+            max_batch_size=_DECODE_BATCH_SIZE,
+            device_id=_gpu(self._device) if config.decode_device == "mixed" else None,
+        )
+        self._wait_s = self._decode_s = self._full_s = 0.0
+        self._num_batches = 0
+        self._closed = threading.Event()
+        self._error: BaseException | None = None
+        self._queue: queue.Queue[Batch | None] = queue.Queue(config.prefetch_batches)
+        self._thread = threading.Thread(target=self._produce, args=(start_step,), name="tarmac-decode", daemon=True)
+        self._thread.start()
+        # A loader that nobody closed: DALI must not be at work while the interpreter goes down.
+        atexit.register(self.close)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next micro-batch.
+
+        Raises:
+            ShardError: a shard is missing, short or damaged, or there are too many damaged samples.
+            StoreError: the store does not answer or refuses us.
+            StopIteration: the loader is closed.
+        """
+        if self._closed.is_set():
+            raise StopIteration
+        started = time.perf_counter()
+        batch = self._queue.get()
+        self._wait_s += time.perf_counter() - started
+        if batch is None:
+            self._end()  # whoever asks next gets the same answer
+            raise StopIteration if self._error is None else self._error
+        self._num_batches += 1
+        return _with_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def stats(self) -> LoaderStats:
+        """Where the time went so far."""
+        return LoaderStats(
+            wait_s=self._wait_s,
+            fetch_wait_s=self._reader.wait_s,
+            decode_s=self._decode_s,
+            full_s=self._full_s,
+            fetched_bytes=self._reader.fetched_bytes,
+            num_batches=self._num_batches,
+        )
+
+    def close(self) -> None:
+        """Stop all threads, within a second; a read that hangs is left to the store's deadline."""
+        self._closed.set()
+        self._reader.close()
+        self._decoder.close()
+        self._thread.join(_CLOSE_S)
+        atexit.unregister(self.close)
+        with suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        self._end()
+
+    def _produce(self, step: int) -> None:
+        """Fill the queue until closed, or until an error, which the consumer meets after the batches before it."""
+        try:
+            while not self._closed.is_set():
+                samples = self._reader.read_step()
+                for micro_step in range(self.num_micro_steps):
+                    # As np.array_split: as even as possible, the longer ones first.
+                    size = -(-len(samples) // (self.num_micro_steps - micro_step))
+                    self._put(self._decode(samples[:size], step, micro_step))
+                    del samples[:size]
+                step += 1
+        except BaseException as error:
+            if not self._closed.is_set():  # closing interrupts whatever goes on here
+                self._error = error
+        self._put(None)
+
+    def _put(self, batch: Batch | None) -> None:
+        started = time.perf_counter()
+        while not self._closed.is_set():
+            with suppress(queue.Full):
+                self._queue.put(batch, timeout=_POLL_S)
+                break
+        self._full_s += time.perf_counter() - started
+
+    def _end(self) -> None:
+        with suppress(queue.Full):
+            self._queue.put_nowait(None)
+
+    def _decode(self, samples: list[EncodedSample], step: int, micro_step: int) -> Batch:
+        started = time.perf_counter()
+        images = None
+        while images is None:
+            try:
+                images = self._decoder.decode([sample.data for sample in samples], self._crops(samples))
+            except DecodeError as error:
+                for index, reason in zip(error.indices, error.reasons, strict=True):
+                    samples[index] = self._reader.replace(samples[index], reason)
+        ids = _column([sample.sample_id for sample in samples])
+        epochs = _column([sample.epoch for sample in samples])
+        kept, masked = draw_masks(self._config.augment, self._config.seed, epochs, ids)
+        batch = Batch(
+            images=images,
+            kept_ids=torch.from_numpy(np.ascontiguousarray(kept)),
+            masked_ids=torch.from_numpy(np.ascontiguousarray(masked)),
+            sample_ids=torch.from_numpy(ids),
+            labels=torch.from_numpy(_column([sample.label for sample in samples])),
+            step=step,
+            micro_step=micro_step,
+            num_micro_steps=self.num_micro_steps,
+            quarantined=tuple(
+                Quarantined(step, sample.wanted_id, sample.sample_id, sample.reason)
+                for sample in samples
+                if sample.reason is not None
+            ),
+        )
+        if self._device.type == "cuda":
+            # Pinned here, copied without blocking on the consumer's stream.
+            batch = _with_tensors(batch, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
+        self._decode_s += time.perf_counter() - started
+        return batch
+
+    def _crops(self, samples: list[EncodedSample]) -> Crops:
+        return draw_crops(
+            self._config.augment,
+            self._config.seed,
+            _column([sample.epoch for sample in samples]),
+            _column([sample.sample_id for sample in samples]),
+            _column([sample.height for sample in samples]),
+            _column([sample.width for sample in samples]),
+        )
+
+
+def _column(values: list[int]) -> npt.NDArray[np.int64]:
+    return np.array(values, dtype=np.int64)
+
+
+def _with_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    return replace(
+        batch,
+        images=change(batch.images),
+        kept_ids=change(batch.kept_ids),
+        masked_ids=change(batch.masked_ids),
+        sample_ids=change(batch.sample_ids),
+        labels=change(batch.labels),
+    )
+
+
+def _check(config: DataConfig, rank: int, world_size: int, start_step: int, device: torch.device) -> None:
+    lanes = config.num_lanes
+    require(
+        1 <= world_size <= lanes,
+        f"dp_world_size ({world_size}) must be in [1, data.num_lanes ({lanes})]; "
+        f"use fewer ranks, or raise data.num_lanes for a new run",
+    )
+    require(0 <= rank < world_size, f"dp_rank ({rank}) must be in [0, dp_world_size ({world_size}))")
+    require(start_step >= 0, f"start_step ({start_step}) must not be negative")
+    require(
+        config.decode_device == "cpu" or device.type == "cuda",
+        f"data.decode_device ({config.decode_device}) must be 'cpu' for a loader on device {device}",
+    )
+
+
+def _num_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpu(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

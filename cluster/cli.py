@@ -1,0 +1,92 @@
+"""The one console entry, `tarmac`: finds the command, and turns errors into a line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 75 preempted (run the same command again).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+
+from cluster import commands
+from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
+from trainer.errors import CheckpointError, RunError, TrainingError
+
+DONE, FAILED, WRONG_USE, PREEMPTED = 0, 1, 2, 75
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "shard": commands.shard,
+    "verify": commands.verify,
+    "inspect": commands.inspect,
+    "pretrain": commands.pretrain,
+    "reconstruct": commands.reconstruct,
+    "curve": commands.curve,
+}
+
+_FAILURES = (
+    *(StoreError, ManifestError, ShardError, SourceError),
+    *(CheckpointError, RunError, TrainingError, commands.CommandError),
+)
+
+_USAGE = "usage: tarmac [-v] COMMAND ...\n\nMasked autoencoders on a Ray cluster from tar shards in object storage.\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    verbose = bool(words) and words[0] in ("-v", "--verbose")
+    words = words[verbose:]
+    level = logging.DEBUG if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    if not words or words[0] in ("-h", "--help"):
+        _print_help()
+        return DONE if words else WRONG_USE
+    name, arguments = words[0], words[1:]
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}; known are {', '.join(COMMANDS)}", WRONG_USE)
+    try:
+        return COMMANDS[name](arguments)
+    except commands.UsageError as error:
+        return _fail(str(error), WRONG_USE)
+    except _FAILURES as error:
+        if verbose:
+            logging.exception("tarmac %s failed", name)
+        return _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        _fail("interrupted", FAILED)
+        os._exit(FAILED)  # at once: threads of Ray may wait for what will not come
+
+
+def _print_help() -> None:
+    console = Console()
+    console.print(_USAGE, highlight=False, markup=False)
+    for name, command in COMMANDS.items():
+        summary = (command.__doc__ or "").splitlines()[0]
+        console.print(f"  {name:<12} {summary}", highlight=False, markup=False)
+    console.print("\ntarmac COMMAND --help says more.", highlight=False)
+
+
+def _fail(message: str, code: int) -> int:
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(message)}", highlight=False, soft_wrap=True)
+    return code
+
+
+def _escaped(message: str) -> str:
+    from rich.markup import escape
+
+    return escape(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""A Ray Train worker group that runs `trainer.loop.train`, and the driver that watches it."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
+
+from cluster.config import JobConfig
+from cluster.relay import News, start_relay
+from cluster.worker import REFUSED, train_worker
+from trainer.config import to_dict
+from trainer.loop import StopReason
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.25
+_ABORT_S = 120.0
+_OBJECT_STORE_BYTES = 256 * 2**20
+"""Of a local Ray: no training data passes through Ray's object store."""
+
+
+class RunFailedError(Exception):
+    """The run ended by an error that a restart cannot mend."""
+
+
+def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
+    """Train `job` on Ray until it is finished, stopped by a signal, or failed.
+
+    SIGTERM and SIGINT save a checkpoint and stop; a second one ends at once.
+
+    Args:
+        job: what to train, where, with how many workers.
+        on_news: called on this thread a few times a second with what the workers reported.
+
+    Raises:
+        RunFailedError: a worker's error that a restart cannot mend, or a crash loop.
+    """
+    with (
+        redirect_stdout(_RayOutput()),
+        _ray(job),
+        tempfile.TemporaryDirectory(prefix="tarmac-ray-train-") as scratch,
+        _StopSignals() as signals,
+    ):
+        relay = start_relay(job.max_attempts_without_progress)
+        fit = _Fit(_trainer(job, relay, scratch))
+        fit.start()
+        running = True
+        while running:
+            fit.join(_POLL_S)
+            running = fit.is_alive()
+            if signals.take():
+                relay.request_stop.remote()
+                on_news(News(events=[{"event": "stopping", "signal": signals.name}]))
+            news = ray.get(relay.take.remote())
+            on_news(news)
+            if news.fatal is not None:
+                # Ray starts the workers once more, they are refused, and the fit ends in order.
+                fit.join(_ABORT_S)
+                raise RunFailedError(news.fatal)
+        return fit.outcome()
+
+
+class _RayOutput(io.TextIOBase):
+    """Ray prints raylet errors on the driver's stdout whatever its logging level; they belong in the log."""
+
+    def write(self, text: str, /) -> int:
+        if text.strip():
+            logger.info("%s", text.strip())
+        return len(text)
+
+
+class _Fit(threading.Thread):
+    """`trainer.fit()` off the main thread: there it would take SIGINT for itself and abort without a checkpoint."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(daemon=True, name="ray-train-fit")
+        self._trainer = trainer
+        self._reason: StopReason | None = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            returned = self._trainer.fit().return_value
+            self._reason = None if returned == REFUSED else StopReason(returned)
+        except BaseException as error:  # carried to the main thread by outcome()
+            self._error = error
+
+    def outcome(self) -> StopReason:
+        if self._reason is None:
+            logger.info("Ray Train gave up", exc_info=self._error)
+            first_lines = " ".join(str(self._error).split("\n")[:2])
+            raise RunFailedError(f"Ray Train gave up: {first_lines} (all of it with tarmac -v)") from self._error
+        return self._reason
+
+
+def _trainer(job: JobConfig, relay: Any, scratch: str) -> TorchTrainer:
+    gpu = job.gpus_per_worker > 0
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": to_dict(job), "relay": relay},
+        # gloo beside nccl: checkpoints and agreements pass plain CPU values.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=job.num_workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": job.cpus_per_worker, **({"GPU": job.gpus_per_worker} if gpu else {})},
+        ),
+        # Ray restarts the group as often as it takes; the relay ends a crash loop. Nothing of Ray's own
+        # checkpointing is used, so its storage is scratch.
+        run_config=RunConfig(
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+@contextmanager
+def _ray(job: JobConfig) -> Iterator[None]:
+    """RAY_ADDRESS's cluster, or a local one with as many logical CPUs as the workers need."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        needed = math.ceil(job.num_workers * job.cpus_per_worker)
+        options |= {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
+        options["object_store_memory"] = _OBJECT_STORE_BYTES
+    ray.init(address=address or "local", **options)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise  # Ray dies with this process; shut down under the fitting thread it takes the process with it
+    except BaseException:
+        ray.shutdown()
+        raise
+    ray.shutdown()
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT are noted for the watching loop; the second one raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._new = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def take(self) -> bool:
+        """Whether a stop was asked for since the last call."""
+        new, self._new = self._new, False
+        return new
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name:
+            raise KeyboardInterrupt
+        self.name, self._new = signal.Signals(number).name, True

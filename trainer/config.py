@@ -155,8 +155,7 @@ def check_world(config: TrainConfig, world_size: int) -> None:
     require(world_size >= 1, f"num_workers ({world_size}) must be at least 1")
     require(
         world_size <= lanes,
-        f"num_workers ({world_size}) must be at most data.num_lanes ({lanes}); "
-        "use more lanes or fewer workers",
+        f"num_workers ({world_size}) must be at most data.num_lanes ({lanes}); use more lanes or fewer workers",
     )
     largest, smallest = -(-lanes // world_size) * (batch // lanes), lanes // world_size * (batch // lanes)
     micro = config.data.micro_batch_size or largest

@@ -1,0 +1,225 @@
+"""The training loop: batches in, updates, records and checkpoints out, until the end or a request to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from pipeline.errors import StoreError
+from pipeline.store import Store
+from trainer import checkpoint, parallel
+from trainer.checkpoint import Commit
+from trainer.config import TrainConfig, num_steps
+from trainer.errors import TrainingError
+from trainer.mae import MAE, build_mae, normalize
+from trainer.metrics import RunLog, SilentLog, StepRecord, attempt_directory
+from trainer.optim import build_optimizer, learning_rate
+from trainer.step_numbers import StepNumbers
+
+if TYPE_CHECKING:
+    from pipeline.loader import Batch
+    from pipeline.reader import Quarantined
+
+__all__ = ["StopReason", "TrainingError", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+class StopReason(enum.Enum):
+    """Why `train` returned. Either way the last checkpoint is of the last step."""
+
+    FINISHED = "finished"
+    """The run has all its steps."""
+    STOPPED = "stopped"
+    """It was asked to; the same run can go on from here."""
+
+
+def train(
+    config: TrainConfig,
+    loader: Iterable[Batch],
+    *,
+    run: Store,
+    num_samples: int,
+    attempt: int,
+    device: torch.device,
+    resume_from: Commit | None,
+    should_stop: Callable[[], bool],
+    on_metrics: Callable[[StepRecord], None],
+) -> StopReason:
+    """Train from a checkpoint, or from the start, to the end of the run or to a request to stop.
+
+    A collective: every rank calls it, with its own loader and device.
+
+    Args:
+        config: the recipe and its cadences.
+        loader: this rank's micro-batches, from the step of `resume_from` on.
+        run: the run's store; checkpoints, step records and events go there.
+        num_samples: images in the dataset.
+        attempt: number of this attempt, of which no other has the same.
+        device: where this rank's part of the model lives.
+        resume_from: from `checkpoint.find_resume`.
+        should_stop: asked once a log interval; if any rank says so, all save and stop.
+        on_metrics: given every step's record, on rank 0.
+
+    Raises:
+        TrainingError: loss or gradient are not finite, or the loader gave another step than the one due. No
+            checkpoint holds anything of that step.
+        CheckpointError, StoreError: a checkpoint could not be written or loaded.
+    """
+    total_steps = num_steps(config, num_samples)
+    step = resume_from.step if resume_from else 0
+    if step >= total_steps:
+        return StopReason.FINISHED
+    with parallel.process_mesh(device) as mesh, _open_log(config, run, attempt, on_metrics) as log:
+        model, optimizer = _build(config, device, mesh)
+        if resume_from is not None:
+            checkpoint.load(run, resume_from, model, optimizer)
+        _log_start(log, attempt, resume_from)
+        batches = iter(loader)
+        numbers = StepNumbers(config, num_samples, device)
+        quarantined: list[Quarantined] = []
+        stopping = False
+
+        while step < total_steps and not stopping:
+            lr = learning_rate(config, step, total_steps)
+            quarantined += _update(config, model, optimizer, batches, numbers, step=step, lr=lr)
+            step += 1
+
+            look_due = step % config.log.every_steps == 0 or step == total_steps
+            save_due = step % config.checkpoint.every_steps == 0 or step == total_steps
+            if look_due or save_due:
+                _report(log, numbers, quarantined)
+            if look_due:
+                stopping = parallel.agree(should_stop())
+            if save_due or stopping:
+                _save(config, run, model, optimizer, log, step=step)
+                numbers.restart_clock()
+
+        reason = StopReason.FINISHED if step == total_steps else StopReason.STOPPED
+        log.event("stop", step=step, reason=reason.value)
+    return reason
+
+
+def _open_log(config: TrainConfig, run: Store, attempt: int, on_metrics: Callable[[StepRecord], None]) -> RunLog:
+    if parallel.rank() != 0:
+        return SilentLog()
+    return RunLog(run.child(attempt_directory(attempt)), config.log.flush_s, on_metrics)
+
+
+def _log_start(log: RunLog, attempt: int, resume_from: Commit | None) -> None:
+    processes = parallel.gather((os.getpid(), socket.gethostname()))
+    log.event(
+        "start",
+        step=resume_from.step if resume_from else 0,
+        attempt=attempt,
+        world_size=len(processes),
+        resumed_from=resume_from.directory if resume_from else None,
+        pids=[pid for pid, _ in processes],
+        hosts=[host for _, host in processes],
+    )
+
+
+def _build(config: TrainConfig, device: torch.device, mesh: DeviceMesh) -> tuple[MAE, Optimizer]:
+    model = build_mae(config).to(device)
+    parallel.shard_model(model, config.parallel, mesh)
+    return model, build_optimizer(config, model)
+
+
+def _update(
+    config: TrainConfig,
+    model: MAE,
+    optimizer: Optimizer,
+    batches: Iterator[Batch],
+    numbers: StepNumbers,
+    *,
+    step: int,
+    lr: float,
+) -> list[Quarantined]:
+    """One optimizer step over all its micro-batches; returns the samples that were replaced in them."""
+    quarantined: list[Quarantined] = []
+    # FSDP takes the mean over the ranks of what each adds up. They may hold different numbers of images, so each
+    # weighs an image by the world size over the global batch: the mean over the batch then comes out exactly.
+    weight = parallel.world_size() / config.data.global_batch_size
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    last = False
+    while not last:
+        batch = _next_batch(batches, numbers, step)
+        last = batch.micro_step == batch.num_micro_steps - 1
+        cast(FSDPModule, model).set_requires_gradient_sync(last)
+        losses = _forward(config, model, batch)
+        (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
+        numbers.add(losses, batch.sample_ids.to(losses.device, non_blocking=True))
+        quarantined += batch.quarantined
+    numbers.measure_gradient(parallel.local_grad_norm(model))
+    optimizer.step()
+    optimizer.zero_grad()
+    numbers.end_step(step + 1, lr)
+    return quarantined
+
+
+def _next_batch(batches: Iterator[Batch], numbers: StepNumbers, step: int) -> Batch:
+    started = time.perf_counter()
+    batch = next(batches, None)
+    numbers.waited(time.perf_counter() - started)
+    if batch is None or batch.step != step:
+        given = "no more batches" if batch is None else f"a batch of step {batch.step}"
+        raise TrainingError(f"the loader gave {given} when step {step} was due; start it at the resumed step")
+    return batch
+
+
+def _forward(config: TrainConfig, model: MAE, batch: Batch) -> Tensor:
+    """The loss of each image of a micro-batch."""
+    device = next(model.parameters()).device
+    images = batch.images.to(device, non_blocking=True)
+    augment = config.data.augment
+    losses: Tensor = model(
+        normalize(images, augment.mean, augment.std),
+        batch.kept_ids.to(device, non_blocking=True),
+        batch.masked_ids.to(device, non_blocking=True),
+    )
+    return losses
+
+
+def _report(log: RunLog, numbers: StepNumbers, quarantined: list[Quarantined]) -> None:
+    """Read the numbers of the last steps, check them, and write them and the replaced samples to the log."""
+    replaced = [sample for rank in parallel.gather(quarantined) for sample in rank]
+    log.events({"event": "quarantined", **dataclasses.asdict(sample)} for sample in replaced)
+    quarantined.clear()
+    records = numbers.read()
+    for at, record in enumerate(records):
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            log.records(records[:at])
+            found = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+            log.event("stop", step=record["step"], reason="non_finite", found=found)
+            raise TrainingError(
+                f"step {record['step']} is not finite ({found}); no checkpoint holds it. "
+                "Lower optim.base_lr, or train with parallel.precision fp32"
+            )
+    log.records(records)
+
+
+def _save(config: TrainConfig, run: Store, model: MAE, optimizer: Optimizer, log: RunLog, *, step: int) -> None:
+    # First the records: a step that is in a checkpoint is never done again, so its record must not be lost.
+    log.flush()
+    started = time.perf_counter()
+    commit = checkpoint.save(run, model, optimizer, step=step, samples_seen=step * config.data.global_batch_size)
+    log.event("save", step=step, seconds=time.perf_counter() - started, num_bytes=commit.num_bytes)
+    if parallel.rank() == 0:
+        try:
+            checkpoint.prune(run, config.checkpoint.keep_last, commit)
+        except StoreError as error:
+            logger.warning("old checkpoints stay: %s", error)

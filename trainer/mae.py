@@ -1,0 +1,210 @@
+"""The masked autoencoder: encode what is visible, predict what was removed.
+
+Four savings change nothing in the result: only visible patches are embedded; the decoder works in the mask's own
+order (visible tokens, then mask tokens), so nothing is shuffled back; its last block computes queries, MLP and
+prediction for removed patches only; targets are gathered for removed patches only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from pipeline.config import AugmentConfig
+from trainer.config import ModelConfig, TrainConfig
+from trainer.vit import NORM_EPS, Block, PatchEmbed, patchify, position_embedding, unpatchify
+
+
+class MAE(nn.Module):
+    """A masked autoencoder with the parameter names of the published weights.
+
+    Source:
+        He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", section 3 and appendix A.1.
+    """
+
+    pos_embed: Tensor
+    decoder_pos_embed: Tensor
+
+    def __init__(self, model: ModelConfig, augment: AugmentConfig) -> None:
+        super().__init__()
+        self.patch_size = augment.patch_size
+        self.grid = (augment.image_size[0] // self.patch_size, augment.image_size[1] // self.patch_size)
+        self.norm_pix_loss = model.norm_pix_loss
+        width, decoder_width = model.embed_dim, model.decoder_embed_dim
+
+        self.patch_embed = PatchEmbed(self.patch_size, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        # Buffers, not frozen parameters: nothing to shard, gather or give to the optimizer.
+        self.register_buffer("pos_embed", position_embedding(width, *self.grid))
+        self.blocks = _blocks(width, model.depth, model.num_heads, model.mlp_ratio)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
+        self.register_buffer("decoder_pos_embed", position_embedding(decoder_width, *self.grid))
+        self.decoder_blocks = _blocks(decoder_width, model.decoder_depth, model.decoder_num_heads, model.mlp_ratio)
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=NORM_EPS)
+        self.decoder_pred = nn.Linear(decoder_width, 3 * self.patch_size**2)
+
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        kept_ids: Int[Tensor, "B K"],
+        masked_ids: Int[Tensor, "B M"],
+        *,
+        predict: bool = False,
+    ) -> Float[Tensor, " B"] | Float[Tensor, "B M P"]:
+        """The loss of each image, or the prediction that the loss is about.
+
+        Everything that touches a parameter is called from here, which is where FSDP2 gathers them.
+
+        Args:
+            images: normalised pixels, see `normalize`; float32 whatever the parameters' precision, as the target
+                is made of them.
+            kept_ids: the visible patches of each image, row-major in the grid.
+            masked_ids: the removed ones; with `kept_ids`, each patch once.
+            predict: return what is predicted for the removed patches in place of the loss.
+
+        Returns:
+            In float32, or wider if images are: the mean square error over each image's removed patches, or the
+            predictions in the order of `masked_ids`, patches laid out as by `patchify`.
+        """
+        patches = patchify(images.to(torch.promote_types(images.dtype, torch.float32)), self.patch_size)
+        latent = self._encode(_take(patches, kept_ids), kept_ids)
+        predicted = self._decode(latent, kept_ids, masked_ids).to(patches.dtype)
+        if predict:
+            return predicted
+        target = _take(patches, masked_ids)  # [B, M, P]
+        if self.norm_pix_loss:
+            mean, std = _patch_statistics(target)
+            target = (target - mean) / std
+        return (predicted - target).square().mean(dim=(1, 2))
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Float[Tensor, "B C H W"],
+        kept_ids: Int[Tensor, "B K"],
+        masked_ids: Int[Tensor, "B M"],
+    ) -> Float[Tensor, "B C H W"]:
+        """The images with their removed patches as the model predicts them, in the same normalised pixel space.
+
+        With `norm_pix_loss` a prediction lacks its patch's mean and contrast; they are taken from the original
+        patch.
+        """
+        predicted = self(images, kept_ids, masked_ids, predict=True)
+        patches = patchify(images, self.patch_size)
+        if self.norm_pix_loss:
+            mean, std = _patch_statistics(_take(patches, masked_ids))
+            predicted = predicted * std + mean
+        # Visible patches stay: no loss ever trained what the decoder says about them.
+        patches = patches.scatter(1, _wide(masked_ids, patches.shape[-1]), predicted)
+        return unpatchify(patches, self.patch_size, rows=self.grid[0])
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter and buffer, also those that `to_empty` left undefined.
+
+        Each parameter has a generator of its own, keyed by seed and name: no value depends on torch's global
+        state, on the device, or on which other parameters there are.
+        """
+        for embedding in (self.pos_embed, self.decoder_pos_embed):
+            embedding.copy_(position_embedding(embedding.shape[-1], *self.grid))
+        for name, parameter in self.named_parameters():
+            parameter.copy_(_initial_value(name, parameter.shape, seed, patch_values=3 * self.patch_size**2))
+
+    def _encode(self, patches: Tensor, kept_ids: Tensor) -> Tensor:
+        """Visible patches [B, K, P] -> class token and visible tokens [B, 1 + K, D]."""
+        tokens = self.patch_embed(patches)
+        positions = self.pos_embed.to(tokens.dtype)
+        tokens = tokens + positions[0, 1:][kept_ids]
+        class_token = (self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([class_token, tokens], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        encoded: Tensor = self.norm(tokens)
+        return encoded
+
+    def _decode(self, latent: Tensor, kept_ids: Tensor, masked_ids: Tensor) -> Tensor:
+        """Latent [B, 1 + K, D] -> predictions [B, M, P] of the removed patches."""
+        visible = self.decoder_embed(latent)
+        positions = self.decoder_pos_embed.to(visible.dtype)
+        class_token = visible[:, :1] + positions[:, :1]
+        visible = visible[:, 1:] + positions[0, 1:][kept_ids]
+        removed = self.mask_token + positions[0, 1:][masked_ids]  # [B, M, decoder D]
+        tokens = torch.cat([class_token, visible, removed], dim=1)
+        *earlier, last = self.decoder_blocks
+        for block in earlier:
+            tokens = block(tokens)
+        tokens = last(tokens, num_queries=masked_ids.shape[1])
+        predicted: Tensor = self.decoder_pred(self.decoder_norm(tokens))
+        return predicted
+
+
+def build_mae(config: TrainConfig) -> MAE:
+    """The model that a run starts from: the same weights on every rank of every world size.
+
+    Args:
+        config: `model` and `data.augment` shape it, `data.seed` keys its initial weights.
+
+    Returns:
+        float32 on the CPU. Torch's global generator is neither read nor advanced.
+    """
+    with torch.device("meta"):
+        model = MAE(config.model, config.data.augment)
+    model.to_empty(device="cpu")
+    model.init_weights(config.data.seed)
+    return model
+
+
+def normalize(
+    images: UInt8[Tensor, "B C H W"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Tensor, "B C H W"]:
+    """Pixels in 0..255 to float32 with each channel's `mean` subtracted and divided by its `std` (of [0, 1] images)."""
+    # Channel by channel with Python numbers: a tensor made of them would be copied to the GPU, and wait for it.
+    channels = [
+        channel.float().mul_(1 / (255 * scale)).sub_(shift / scale)
+        for channel, shift, scale in zip(images.unbind(1), mean, std, strict=True)
+    ]
+    return torch.stack(channels, dim=1)
+
+
+def _blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+
+
+def _wide(ids: Tensor, width: int) -> Tensor:
+    return ids[:, :, None].expand(-1, -1, width)  # [B, K] -> [B, K, P]
+
+
+def _take(patches: Tensor, ids: Tensor) -> Tensor:
+    return patches.gather(1, _wide(ids, patches.shape[-1]))  # [B, N, P] -> [B, K, P]
+
+
+def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch [B, N, 1], from the unbiased variance + 1e-6."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def _initial_value(name: str, shape: torch.Size, seed: int, patch_values: int) -> Tensor:
+    """A parameter's first value, float32 on the CPU.
+
+    Source:
+        He et al. 2022, appendix A.1, for the linear layers; the rest is what the published models started from.
+    """
+    key = hashlib.sha256(f"initial weights/{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+    value = torch.empty(shape, device="cpu")
+    if name in ("cls_token", "mask_token"):
+        return nn.init.normal_(value, std=0.02, generator=generator)
+    if name == "patch_embed.proj.bias":  # left as a convolution has it
+        bound = 1 / math.sqrt(patch_values)
+        return nn.init.uniform_(value, -bound, bound, generator=generator)
+    if value.ndim >= 2:  # the patch projection counts as a linear layer, the fused qkv as one matrix
+        return nn.init.xavier_uniform_(value.flatten(1), generator=generator).view(shape)
+    return value.fill_(1.0 if name.endswith("weight") else 0.0)  # norms; biases

@@ -1,0 +1,156 @@
+"""Wrong use and bad input: a clear line, the right exit code, nothing left behind."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.config import JobConfig
+from pipeline.store import Store
+
+TINY = [
+    *("--data.global-batch-size", "8", "--data.num-lanes", "4", "--data.augment.image-size", "32", "32"),
+    *("--data.augment.patch-size", "8", "--optim.num-steps", "2"),
+]
+
+
+@pytest.fixture
+def dataset(photos, tmp_path):
+    folder = tmp_path / "photos"
+    for photo in photos[:12]:
+        (folder / photo.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(photo, folder / photo.parent.name / photo.name)
+    url = str(tmp_path / "dataset")
+    assert main(["shard", str(folder), url, "--num-workers", "1", "--shard-bytes", "100000"]) == 0
+    return url
+
+
+def fails(capsys, arguments, code, *parts):
+    """Run a command that must fail with `code` and a message that holds `parts`."""
+    capsys.readouterr()
+    try:
+        got = main([str(word) for word in arguments])
+    except SystemExit as stop:  # tyro ends the process for a wrong option
+        got = stop.code
+    captured = capsys.readouterr()
+    words = " ".join((captured.err + captured.out).replace("│", " ").split())
+    assert got == code, words
+    for part in parts:
+        assert part in words
+    assert "Traceback" not in words
+
+
+def test_help_names_every_command_and_every_command_shows_an_example(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for command in ("shard", "verify", "inspect", "pretrain", "reconstruct", "curve"):
+        assert command in overview
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"Example: tarmac {command}" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_shard_verify_inspect_agree(dataset, capsys, tmp_path):
+    capsys.readouterr()
+    assert main(["verify", dataset, "--deep", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"problems": []}
+    assert main(["inspect", dataset, "--json", "--grid", str(tmp_path / "grid.png")]) == 0
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 12
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_commands_recipes_and_fields_are_wrong_use(capsys):
+    fails(capsys, ["shred"], 2, "unknown command 'shred'", "shard")
+    fails(capsys, ["pretrain", "mae_gigantic", "--data", "d", "--run", "r"], 2, "unknown recipe 'mae_gigantic'", "demo")
+    fails(capsys, ["pretrain", "demo", "--data", "d", "--run", "r", "--optim.speed", "9"], 2, "--optim.speed")
+    fails(capsys, ["pretrain", "demo", "--data", "d"], 2, "--run")
+
+
+def test_values_that_cannot_be_are_refused_before_anything_is_made(capsys, tmp_path):
+    run = tmp_path / "run"
+    command = ["pretrain", "demo", "--data", tmp_path / "d", "--run", run]
+    fails(
+        capsys,
+        [*command, "--data.global-batch-size", "512", "--data.num-lanes", "96"],
+        2,
+        "data.global_batch_size (512) must be divisible by data.num_lanes (96); use 480 or 576",
+    )
+    fails(capsys, [*command, *TINY, "--num-workers", "5"], 2, "num_workers (5) must be at most data.num_lanes (4)")
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [("note.jpg", b"this is text, not a picture\n", "note"), ("empty.jpg", b"", "empty")],
+)
+def test_a_file_that_is_no_image_stops_the_sharding_unless_allowed(capsys, photos, tmp_path, name, content, reason):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for photo in photos[:3]:
+        shutil.copy(photo, folder / photo.name)
+    (folder / name).write_bytes(content)
+    url = tmp_path / "dataset"
+    fails(capsys, ["shard", folder, url, "--num-workers", "1"], 1, reason, "--max-bad")
+    assert Store(str(url)).list() == []
+    assert main(["shard", str(folder), str(url), "--num-workers", "1", "--max-bad", "1"]) == 0
+    assert reason in capsys.readouterr().err
+
+
+def test_an_empty_folder_and_a_missing_one(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails(capsys, ["shard", tmp_path / "empty", tmp_path / "d"], 1, "empty", "no image")
+    fails(capsys, ["shard", tmp_path / "absent", tmp_path / "d"], 1, "absent")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_dataset_without_manifest_and_a_truncated_shard(capsys, dataset, tmp_path):
+    run = tmp_path / "run"
+    fails(
+        capsys,
+        ["pretrain", "demo", *TINY, "--data", tmp_path / "absent", "--run", run],
+        1,
+        "manifest.json",
+        "tarmac shard",
+    )
+    shard = next(Path(dataset).glob("*.tar"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    fails(capsys, ["pretrain", "demo", *TINY, "--data", dataset, "--run", run], 1, shard.name, "tarmac verify")
+    fails(capsys, ["verify", dataset], 1, shard.name)
+    assert not run.exists()
+
+
+def test_a_run_of_another_recipe_is_refused_with_what_differs(capsys, dataset, tmp_path):
+    from cluster.commands import PretrainOptions, job_of
+    from pipeline import open_dataset
+    from trainer import recipes
+    from trainer.run_files import open_run
+
+    run = tmp_path / "run"
+    job = job_of(PretrainOptions(data=dataset, run=str(run), train=recipes.get("demo")))
+    assert isinstance(job, JobConfig)
+    open_run(Store(job.run), job.train, open_dataset(dataset).manifest.digest())
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    fails(capsys, ["pretrain", "demo", *TINY, "--data", dataset, "--run", run], 2, "data.global_batch_size", "-> 8")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_bucket_and_wrong_credentials(capsys, photos, s3_server, monkeypatch, tmp_path):
+    folder = photos[0].parent
+    fails(
+        capsys, ["shard", folder, "s3://there-is-no-such-bucket/d", "--num-workers", "1"], 1, "there-is-no-such-bucket"
+    )
+    fails(
+        capsys,
+        ["pretrain", "demo", *TINY, "--data", "s3://there-is-no-such-bucket/d", "--run", tmp_path / "r"],
+        1,
+        "bucket",
+    )
+    if "moto" in type(s3_server).__name__.lower() or s3_server.secret_key == "testing":
+        return  # moto accepts any credentials
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    fails(capsys, ["shard", folder, "s3://there-is-no-such-bucket/d", "--num-workers", "1"], 1, "credentials")
+    assert not (tmp_path / "r").exists()

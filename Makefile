@@ -1,0 +1,67 @@
+# The commands that people and CI use. Every target works in a fresh clone: it installs what it needs first.
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3 python))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet --quiet
+SOURCE ?=
+SHELL := /bin/bash
+MARKS := not gpu
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test test-fast lint types imports check bench verify-resume clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(VENV)/setup.stamp ## install everything for development into .venv
+
+# Two stages in one .venv: the demo does not need the test tools, and starts sooner without them.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tarmac needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Tarmac into $(VENV) (some minutes) ..."
+	@$(PIP) install --editable '.[gpu,demo]' --constraint constraints.txt
+	@touch $@
+
+$(VENV)/setup.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Tarmac and its test tools into $(VENV) (some minutes) ..."
+	@$(PIP) install --editable '.[gpu,test,bench,demo]' --constraint constraints.txt
+	@touch $(VENV)/demo.stamp $@
+
+demo: $(VENV)/demo.stamp ## photographs to a trained MAE on local S3 and Ray, with a kill; SOURCE=/path uses your images
+	@$(BIN)/python -m cluster.demo $(if $(SOURCE),--source "$(SOURCE)")
+
+# Ray tests start a cluster each and measure its restarts: they run after the others, one at a time.
+test: setup ## every test that runs without a GPU
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m 'not ray and $(MARKS)'
+	$(BIN)/pytest -m 'ray and $(MARKS)'
+
+test-fast: setup ## the tests without servers, Ray and long runs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m 'not slow and not servers and not ray and $(MARKS)'
+
+lint: setup ## ruff: rules and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: setup ## mypy, strict
+	$(BIN)/mypy
+
+imports: setup ## import-linter: who may import whom
+	$(BIN)/lint-imports
+
+check: lint types imports ## lint, types and imports
+
+bench: setup ## every benchmark here; results go to build/bench
+	@set -e; for name in $(sort $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+	  echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
+
+verify-resume: setup ## two runs, one killed twice: are the final weights the same bits?
+	@$(BIN)/python -m tests.chaos.verify_resume
+
+clean: ## remove everything that was made here, except .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

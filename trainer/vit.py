@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
@@ -39,7 +39,7 @@ def position_embedding(embed_dim: int, rows: int, columns: int) -> Float[Tensor,
     return F.pad(patches, (0, 0, 1, 0)).float()[None]
 
 
-def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B N P"]:
+def patchify(images: Shaped[Tensor, "B C H W"], patch_size: int) -> Shaped[Tensor, "B N P"]:
     """Cut images into patches, row by row, each flattened in (height, width, channel) order."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
@@ -47,7 +47,7 @@ def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor,
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
 
 
-def unpatchify(patches: Float[Tensor, "B N P"], patch_size: int, rows: int) -> Float[Tensor, "B C H W"]:
+def unpatchify(patches: Shaped[Tensor, "B N P"], patch_size: int, rows: int) -> Shaped[Tensor, "B C H W"]:
     """Put patches that `patchify` cut back into images that are `rows` patches high."""
     batch, num_patches, _ = patches.shape
     columns = num_patches // rows

@@ -29,6 +29,7 @@ BUCKET = "demo"
 RECIPE = "demo"
 DATASET = f"s3://{BUCKET}/photos"
 RUN = f"s3://{BUCKET}/runs/first"
+PICTURE = ("--num-samples", "6", "--seed", "5")
 LOSS_GOAL = 0.8  # of the loss at the start
 
 
@@ -81,7 +82,7 @@ def run_demo(terminal: Terminal, out: Path, source: Path | None, num_photos: int
         watcher = train_and_kill(terminal)
         terminal.title("Pictures")
         terminal.tarmac("curve", RUN, "--out", str(out / "loss.png"))
-        terminal.tarmac("reconstruct", RUN, "--data", DATASET, "--out", str(out / "reconstruction.png"))
+        terminal.tarmac("reconstruct", RUN, "--data", DATASET, "--out", str(out / "reconstruction.png"), *PICTURE)
         return summarise(terminal, out, photos, watcher, time.monotonic() - started)
 
 
@@ -114,14 +115,16 @@ def make_dataset(terminal: Terminal, photos: Path, max_bad: int) -> None:
 def train_and_kill(terminal: Terminal) -> RunWatcher:
     """Pretrain on two Ray workers; kill one of them halfway; wait until the run has finished by itself."""
     terminal.title("Pretraining on two Ray workers, and a SIGKILL halfway")
-    total = num_steps(recipes.get(RECIPE), open_dataset(DATASET).num_samples)
+    recipe = recipes.get(RECIPE)
+    total = num_steps(recipe, open_dataset(DATASET).num_samples)
+    kill_at = total // 2 + recipe.checkpoint.every_steps // 2  # between two checkpoints: there is something to lose
     watcher, told = RunWatcher(RUN), False
     command = ("pretrain", RECIPE, "--data", DATASET, "--run", RUN, "--num-workers", "2", "--log.flush-s", "2")
     with terminal.background(*command) as process, terminal.progress("pretraining", total) as update:
         while process.poll() is None:
             watcher.refresh()
             update(watcher.last_step, watcher.describe())
-            if not watcher.killed_at and watcher.last_step >= total // 2:
+            if not watcher.killed_at and watcher.last_step >= kill_at:
                 pid = watcher.kill_worker(rank=1)
                 terminal.say(f"KILL: SIGKILL to rank 1 (process {pid}) at step {watcher.last_step} of {total}.")
             if watcher.resumed_from is not None and not told:

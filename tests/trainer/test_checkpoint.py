@@ -228,12 +228,52 @@ def test_a_commit_record_is_the_documented_json(run: Store) -> None:
     assert parse_commit(commit.to_json(), commit.directory) == commit
 
 
-def test_a_newer_format_is_walked_past(run: Store) -> None:
+def test_a_newer_format_is_no_damage(run: Store) -> None:
+    save(run, 1)
     newer = dataclasses.replace(save(run, 2), version=2)
     run.write(f"{newer.directory}/commit.json", newer.to_json())
+    with pytest.raises(CheckpointError, match=r"step_000000002/commit.json has format version 2 .* reads 1; update"):
+        resume(run)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run: Store) -> None:
+    save(run, 1)
+    run.write("checkpoints/step_000000001/__0_0.distcp", b"")
+    with pytest.raises(CheckpointError, match=r"none verifies \(checkpoints/step_000000001/__0_0.distcp has 0 bytes"):
+        resume(run)
+
+
+def test_a_damaged_checkpoint_set_aside_takes_no_good_ones_place(run: Store) -> None:
+    """20 is good, 33 (saved by a stop, off the cadence) is damaged: 40 must leave 20 beside it, not 33."""
+    for step in (20, 33):
+        save(run, step)
+    path = "checkpoints/step_000000033/__0_0.distcp"
+    run.write(path, flip_a_bit(run.read(path)))
     step, damages = resume(run)
-    assert step is None
-    assert damages == [(f"{newer.directory}/commit.json", "has format version 2; this code reads 1")]
+    assert step == 20
+    checkpoint.set_aside(run, damages)
+    assert checkpoint.newest_step(run) == 20
+    assert run.exists("checkpoints/step_000000033/commit.damaged.json")
+    checkpoint.prune(run, 2, save(run, 40))
+    left = {entry.path.split("/")[1] for entry in run.list("checkpoints")}
+    assert left == {"step_000000020", "step_000000040"}
+
+
+def test_an_outage_while_saving_or_loading_stays_a_store_error(run: Store, tmp_path: Path) -> None:
+    """It passes, and the workers are started again; a CheckpointError would end the run for good."""
+
+    class Full(Store):
+        @contextmanager
+        def writer(self, path: str) -> Iterator[Any]:
+            raise StoreError("the store is away")
+            yield
+
+        def child(self, path: str) -> Store:
+            return Full(f"{self.url}/{path}")
+
+    model, optimizer = trained(1)
+    with pytest.raises(StoreError, match="away"):
+        checkpoint.save(Full(str(tmp_path / "full")), model, optimizer, step=1, samples_seen=8)
 
 
 # ---- killed and repeated saves --------------------------------------------------------------------------------------
@@ -302,7 +342,7 @@ def _save_where_rank_1_cannot(url: str) -> str:
     kind = _Full if parallel.rank() == 1 else Store
     try:
         checkpoint.save(kind(url, StoreConfig()), *trained(1, shard=True), step=1, samples_seen=8)
-    except CheckpointError as error:
+    except StoreError as error:
         return str(error)
     return "it was saved"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -153,11 +152,3 @@ def _square_norm() -> float:
         images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         model(images, patches[:, :4], patches[:, 4:]).sum().backward()
         return float(parallel.local_grad_norm(model)) ** 2
-
-
-def test_the_device_is_the_local_ranks_gpu_or_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert parallel.select_device() == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(os.environ, "LOCAL_RANK", "3")
-    assert parallel.select_device() == torch.device("cuda", 3)

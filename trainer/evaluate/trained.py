@@ -24,17 +24,18 @@ class TrainedModel:
     commit: Commit
 
 
-def load_trained(run: Store) -> TrainedModel:
-    """Build the run's model on the CPU and load its newest checkpoint that verifies.
+def load_trained(run_url: str) -> TrainedModel:
+    """Build a run's model on the CPU and load its newest checkpoint that verifies.
 
     Args:
-        run: the run's store.
+        run_url: of the run; any fsspec URL or bare path.
 
     Raises:
         RunError: there is no run at that URL.
         CheckpointError: it has no checkpoint that verifies.
         StoreError: the store does not answer.
     """
+    run = Store(run_url)
     config = read_run(run).config
     commit = find_resume(run, lambda path, reason: logger.warning("damaged, walked past: %s %s", path, reason))
     if commit is None:

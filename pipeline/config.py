@@ -6,6 +6,7 @@ images, crops, flips and masks a step trains on, so a resumed run may change it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +39,21 @@ class StoreConfig:
         require(self.num_attempts >= 1, f"store.num_attempts ({self.num_attempts}) must be at least 1")
 
 
+def _require_numbers(name: str, value: Any, length: int, use: str, *, whole: bool = False) -> None:
+    """Raise ValueError unless `value` is a tuple of that many finite numbers, or of integers if `whole`."""
+    kind = "integers" if whole else "finite numbers"
+    require(
+        isinstance(value, tuple) and len(value) == length and all(_is_number(item, whole=whole) for item in value),
+        f"augment.{name} ({value!r}) must be a tuple of {length} {kind}; use {use}",
+    )
+
+
+def _is_number(value: Any, *, whole: bool = False) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return math.isfinite(value)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
     """RandomResizedCrop, flip and mask, with MAE's defaults (He et al. 2022, section 4 and appendix A.1)."""
@@ -60,6 +76,18 @@ class AugmentConfig:
     """Channel standard deviations of a [0, 1] image."""
 
     def __post_init__(self) -> None:
+        _require_numbers("image_size", self.image_size, 2, "(224, 224)", whole=True)
+        _require_numbers("crop_scale", self.crop_scale, 2, "(0.2, 1.0)")
+        _require_numbers("crop_ratio", self.crop_ratio, 2, "(0.75, 1.3333)")
+        _require_numbers("mean", self.mean, 3, "(0.485, 0.456, 0.406)")
+        _require_numbers("std", self.std, 3, "(0.229, 0.224, 0.225)")
+        require(
+            _is_number(self.patch_size, whole=True),
+            f"augment.patch_size ({self.patch_size!r}) must be an integer; use 16",
+        )
+        for name, use in (("mask_ratio", 0.75), ("flip_probability", 0.5)):
+            value = getattr(self, name)
+            require(_is_number(value), f"augment.{name} ({value!r}) must be a finite number; use {use}")
         height, width = self.image_size
         patch = self.patch_size
         require(
@@ -108,13 +136,13 @@ class DataConfig:
     """Consecutive samples of a lane that are shuffled together, and held in memory together."""
     augment: AugmentConfig = AugmentConfig()
     decode_device: Literal["cpu", "mixed"] = "cpu"
-    """`cpu`, or `mixed` for nvJPEG on a GPU. The two differ in the last bit of some pixels."""
+    """`cpu`, or `mixed` for nvJPEG on a GPU. The two resize by different code, so pixels differ a little."""
     micro_batch_size: int | None = execution(None)
     """Images a rank per forward pass; None takes the rank's whole share at once."""
     max_bad_samples: int = execution(100)
     """Damaged samples that a rank may replace before the run stops."""
     num_decode_threads: int | None = execution(None)
-    """Threads a rank for decoding; None uses the CPUs that this process may use."""
+    """Threads a rank for decoding; None takes `cpus_per_worker`, and without Ray all CPUs of the process."""
     num_fetches: int = execution(8)
     """Ranged reads in flight a rank."""
     fetch_bytes: int = execution(8 * 2**20)
@@ -123,7 +151,6 @@ class DataConfig:
     """Steps whose bytes are requested ahead of the one being decoded."""
     prefetch_batches: int = execution(2)
     """Decoded micro-batches that wait for the model."""
-    store: StoreConfig = execution(StoreConfig())
 
     def __post_init__(self) -> None:
         batch, lanes = self.global_batch_size, self.num_lanes
@@ -156,3 +183,28 @@ class DataConfig:
             self.decode_device in ("cpu", "mixed"),
             f"data.decode_device ({self.decode_device!r}) must be 'cpu' or 'mixed'",
         )
+
+
+def check_world(config: DataConfig, world_size: int, name: str = "num_workers") -> None:
+    """Raise ValueError if `world_size` ranks cannot share the global batch.
+
+    Each rank needs a lane, and an image in every micro-batch.
+
+    Args:
+        config: lanes, global batch and micro-batch.
+        world_size: number of ranks.
+        name: what the caller calls the world size, for the message.
+    """
+    lanes, batch = config.num_lanes, config.global_batch_size
+    require(world_size >= 1, f"{name} ({world_size}) must be at least 1")
+    require(
+        world_size <= lanes,
+        f"{name} ({world_size}) must be at most data.num_lanes ({lanes}); use more lanes or fewer workers",
+    )
+    largest, smallest = -(-lanes // world_size) * (batch // lanes), lanes // world_size * (batch // lanes)
+    micro = config.micro_batch_size or largest
+    require(
+        -(-largest // micro) <= smallest,
+        f"data.micro_batch_size ({micro}) needs {-(-largest // micro)} micro-batches on a rank that has "
+        f"{smallest} images at {name} {world_size}; use 2 or more",
+    )

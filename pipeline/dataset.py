@@ -21,8 +21,9 @@ from pipeline.store import Store
 Int64 = npt.NDArray[np.int64]
 _Load = Callable[[int], ShardIndex]
 
-# A lane reads from one shard, or from two where a window crosses a border: 256 lanes on one rank need up to 512.
-MAX_CACHED_INDEXES = 1024
+# A lane reads from one shard, or from two where a window crosses a border: 256 lanes on one rank need up to 512
+# indexes, 120 MB with shards of 256 MiB and images of 110 kB.
+INDEX_CACHE_BYTES = 128 * 2**20
 
 
 class Dataset:
@@ -31,15 +32,15 @@ class Dataset:
     Args:
         store: the dataset's URL.
         manifest: what it holds.
-        max_cached_indexes: shard indexes kept in memory, about 100 bytes a sample each.
+        index_cache_bytes: of shard indexes kept in memory, about 100 bytes a sample.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, *, max_cached_indexes: int = MAX_CACHED_INDEXES) -> None:
+    def __init__(self, store: Store, manifest: Manifest, *, index_cache_bytes: int = INDEX_CACHE_BYTES) -> None:
         self.store = store
         self.manifest = manifest
         self.samples_per_shard: Int64 = np.array([shard.num_samples for shard in manifest.shards], np.int64)
         self._ends = np.cumsum(self.samples_per_shard)
-        self._indexes = _IndexCache(max_cached_indexes)
+        self._indexes = _IndexCache(index_cache_bytes)
         self._order: tuple[DataConfig, Order] | None = None
 
     def __reduce__(self) -> tuple[type[Self], tuple[Store, Manifest]]:
@@ -97,29 +98,68 @@ class Dataset:
         return self._indexes.get(shard, self._read_index)
 
     def sample_bytes(self, sample_id: int) -> bytes:
-        """The encoded image of one sample, in one ranged read.
+        """The encoded image of one sample, in one ranged read, or a second one if its crc does not match.
 
         Raises:
             ValueError: there is no such sample.
             ShardError: the shard is missing or cut off there, or the bytes do not match their crc.
             StoreError: the store does not answer or refuses us.
         """
-        shards, rows = self.locate([sample_id])
-        info, row = self.manifest.shards[shards[0]], rows[0]
-        index = self.index(int(shards[0]))
-        offset, num_bytes = int(index.offset[row]), int(index.num_bytes[row])
-        where = f"{self.store}/{tar_path(info.name)}, sample {index.keys[row]!r} (id {sample_id})"
-        remedy = f"run `tarmac verify {self.store}` to see what else is damaged"
+        (shard,), (row,) = self.locate([sample_id])
+        rows = self.index(int(shard)).rows(int(row), int(row) + 1)
+        ((data, damage),) = self.read_rows(int(shard), rows)
+        if damage is not None:
+            where = f"{self.store}/{tar_path(self.manifest.shards[shard].name)}"
+            raise ShardError(
+                f"{where}, sample {rows.keys[0]!r} (id {sample_id}): {damage}; run `tarmac verify {self.store}` to see "
+                f"what else is damaged"
+            )
+        return bytes(data)
+
+    def read_rows(self, shard: int, rows: ShardIndex) -> list[tuple[memoryview, str | None]]:
+        """Consecutive rows of a shard in one ranged read, and each one that does not match its crc once more.
+
+        Args:
+            shard: its position in the manifest.
+            rows: those rows of its index.
+
+        Returns:
+            Of each row its bytes, views into those read; and how they are damaged, or None.
+
+        Raises:
+            ShardError: the shard is missing, or ends before.
+            StoreError: the store does not answer or refuses us.
+        """
+        first, stop = int(rows.offset[0]), int(rows.offset[-1] + rows.num_bytes[-1])
+        whole = memoryview(self._read_range(shard, first, stop - first))
+        found: list[tuple[memoryview, str | None]] = []
+        columns = (column.tolist() for column in (rows.offset, rows.num_bytes, rows.crc32c))
+        for offset, num_bytes, crc in zip(*columns, strict=True):
+            data, damage = whole[offset - first : offset - first + num_bytes], None
+            if google_crc32c.value(bytes(data)) != crc:
+                again = self._read_range(shard, offset, num_bytes)
+                data, found_crc = memoryview(again), google_crc32c.value(again)
+                damage = None if found_crc == crc else f"crc32c {found_crc:08x} must be {crc:08x}"
+            found.append((data, damage))
+        return found
+
+    def _read_range(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        info = self.manifest.shards[shard]
+        path = tar_path(info.name)
+        remedy = f"run `tarmac verify {self.store}` and restore the shard"
         try:
-            data = self.store.read_range(tar_path(info.name), offset, num_bytes)
+            data = self.store.read_range(path, offset, num_bytes)
+            if len(data) == num_bytes:
+                return data
+            found = self.store.size(path)
         except StoreNotFoundError as error:
-            raise ShardError(f"{where}: the shard is missing; {remedy} ({error})") from error
-        if len(data) != num_bytes:
-            raise ShardError(f"{where}: the shard ends after {len(data)} of {num_bytes} bytes; {remedy}")
-        crc = google_crc32c.value(data)
-        if crc != index.crc32c[row]:
-            raise ShardError(f"{where}: crc32c {crc:08x} must be {index.crc32c[row]:08x}; {remedy}")
-        return data
+            raise ShardError(
+                f"{self.store}/{path} is missing; it should hold {info.num_bytes} bytes; {remedy}"
+            ) from error
+        raise ShardError(
+            f"{self.store}/{path} should hold {info.num_bytes} bytes and holds {found}; a read of {num_bytes} bytes at "
+            f"{offset} returned {len(data)}; {remedy}"
+        )
 
     def check_sizes(self) -> None:
         """Compare the shards' sizes in the store with the manifest, by one listing.
@@ -145,10 +185,11 @@ class Dataset:
 class _IndexCache:
     """Least-recently-used indexes. The lock guards the table, never a read: different shards load side by side."""
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity_bytes: int) -> None:
+        self._capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
         self._futures: OrderedDict[int, Future[ShardIndex]] = OrderedDict()
+        self._sizes: dict[int, int] = {}  # bytes of those that are loaded
 
     def get(self, shard: int, load: _Load) -> ShardIndex:
         """The cached index, or `load(shard)`, called once however many threads ask; a failure is not kept."""
@@ -157,22 +198,30 @@ class _IndexCache:
             if future is not None:
                 self._futures.move_to_end(shard)
             else:
-                mine: Future[ShardIndex] = Future()
-                self._futures[shard] = mine
-                while len(self._futures) > self._capacity:
-                    self._futures.popitem(last=False)
+                self._futures[shard] = mine = Future[ShardIndex]()
         if future is not None:
             return future.result()
         try:
             index = load(shard)
         except BaseException as error:
             with self._lock:
-                if self._futures.get(shard) is mine:
-                    del self._futures[shard]
+                del self._futures[shard]
             mine.set_exception(error)
             raise
         mine.set_result(index)
+        self._keep(shard, index.memory_bytes)
         return index
+
+    def _keep(self, shard: int, num_bytes: int) -> None:
+        """Count a loaded index, and drop the ones that were not used for longest until all fit."""
+        with self._lock:
+            self._sizes[shard] = num_bytes
+            total = sum(self._sizes.values())
+            for oldest in [other for other in self._futures if other in self._sizes and other != shard]:
+                if total <= self._capacity_bytes:
+                    break
+                del self._futures[oldest]
+                total -= self._sizes.pop(oldest)
 
 
 def open_dataset(url: str, store_config: StoreConfig = StoreConfig()) -> Dataset:  # noqa: B008 (frozen)

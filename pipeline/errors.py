@@ -9,6 +9,10 @@ class StoreNotFoundError(StoreError):
     """The bucket or the object does not exist."""
 
 
+class StoreRefusedError(StoreError):
+    """Object storage knows us and says no, does not know us, or will not give out an archived object."""
+
+
 class ManifestError(Exception):
     """A dataset's manifest is missing, damaged, or does not add up."""
 

@@ -42,9 +42,10 @@ class StoredImage:
 def prepare_image(data: bytes) -> StoredImage:
     """Decode an image fully, to prove it whole, and choose what is stored of it.
 
-    8-bit RGB and grey JPEG, PNG and WebP are stored as they are. Anything else (CMYK, palette, alpha, 16 bit, GIF,
-    BMP, TIFF, the first frame of an animation) is stored as an RGB PNG; alpha is dropped, not blended, as the usual
-    `convert("RGB")` of image-folder loaders does.
+    RGB and 8-bit grey JPEG, PNG and WebP are stored as they are, 16-bit RGB PNG and animated PNG (of which decoders
+    show the first picture) among them. The rest is stored as an 8-bit RGB PNG: CMYK, palette, 1-bit and 16-bit grey
+    pixels, alpha, animated WebP and GIF (their first frame), BMP, TIFF (its first page) and GIF. 16-bit grey is scaled
+    to 8 bits; alpha is dropped, not blended, as the usual `convert("RGB")` of image-folder loaders does.
 
     Raises:
         BadImageError: the bytes are no image, or a damaged, too large or unsupported one.

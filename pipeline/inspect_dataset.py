@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from pipeline.config import require
 from pipeline.dataset import Dataset
-from pipeline.manifest import ShardIndex, idx_path, read_index
+from pipeline.manifest import ShardIndex, read_idx, read_index
 
 CELL_PIXELS = 160
 CAPTION_PIXELS = 16
@@ -60,9 +61,11 @@ def inspect_dataset(dataset: Dataset, *, num_threads: int = 8) -> DatasetSummary
     """Read all indexes and add up what they say.
 
     Raises:
+        ValueError: no threads.
         ShardError: an index is missing or damaged.
         StoreError: the store does not answer or refuses us.
     """
+    require(num_threads >= 1, f"num_threads ({num_threads}) must be at least 1")
     manifest = dataset.manifest
     num_classes = None if manifest.classes is None else len(manifest.classes)
     heights, widths, labels = (np.zeros(0, np.int64) for _ in range(3))
@@ -104,7 +107,7 @@ def inspect_dataset(dataset: Dataset, *, num_threads: int = 8) -> DatasetSummary
 
 def _read(dataset: Dataset, shard: int) -> tuple[ShardIndex, Counter[str]]:
     info = dataset.manifest.shards[shard]
-    lines = dataset.store.read(idx_path(info.name)).decode("ascii", "replace").splitlines()
+    lines = read_idx(dataset.store, info)
     return read_index(dataset.store, info), Counter(line.partition(" ")[0] for line in lines[1:])
 
 
@@ -131,13 +134,15 @@ def draw_grid(dataset: Dataset, num_samples: int, seed: int = 0) -> Image.Image:
 
     Args:
         dataset: where they come from.
-        num_samples: how many, at most.
+        num_samples: how many, at most; at least 1.
         seed: which.
 
     Raises:
+        ValueError: no samples are asked for.
         ShardError: a sample is damaged.
         StoreError: the store does not answer or refuses us.
     """
+    require(num_samples >= 1, f"num_samples ({num_samples}) must be at least 1")
     num_samples = min(num_samples, dataset.num_samples)
     ids = np.random.default_rng(seed).choice(dataset.num_samples, num_samples, replace=False)
     num_columns = int(np.ceil(np.sqrt(num_samples)))

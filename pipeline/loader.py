@@ -20,7 +20,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from pipeline.augment import Crops, draw_crops, draw_masks
-from pipeline.config import DataConfig, require
+from pipeline.config import DataConfig, check_world, require
 from pipeline.dataset import Dataset
 from pipeline.decode import DecodeError, Decoder
 from pipeline.order import num_micro_steps
@@ -36,7 +36,7 @@ _CLOSE_S = 0.4
 class Batch:
     """One micro-batch of a rank. Tensors are on the loader's device.
 
-    B may differ by one between micro-batches, and is 0 where a rank has fewer images in a step than micro-steps.
+    B is at least 1, and may differ by one between the micro-batches of a step.
     """
 
     images: UInt8[Tensor, "B 3 H W"]
@@ -90,7 +90,7 @@ class Loader:
         device: where the batches go.
 
     Raises:
-        ValueError: rank, world size or step are out of range.
+        ValueError: rank, world size or step are out of range, or micro-batches too small for the world size.
     """
 
     def __init__(
@@ -265,12 +265,7 @@ def _with_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
 
 
 def _check(config: DataConfig, rank: int, world_size: int, start_step: int, device: torch.device) -> None:
-    lanes = config.num_lanes
-    require(
-        1 <= world_size <= lanes,
-        f"dp_world_size ({world_size}) must be in [1, data.num_lanes ({lanes})]; "
-        f"use fewer ranks, or raise data.num_lanes for a new run",
-    )
+    check_world(config, world_size, "dp_world_size")
     require(0 <= rank < world_size, f"dp_rank ({rank}) must be in [0, dp_world_size ({world_size}))")
     require(start_step >= 0, f"start_step ({start_step}) must not be negative")
     require(

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -39,13 +39,14 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar file of a dataset: its size in bytes, its sha256, and the sha256 of its parquet index."""
+    """One tar file of a dataset: its size in bytes, its sha256, and those of its parquet index and DALI's index."""
 
     name: str
     num_samples: int
     num_bytes: int
     sha256: str
     index_sha256: str
+    idx_sha256: str
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,11 @@ class Manifest:
             "settings": dict(sorted(self.settings.items())),
             "classes": None if self.classes is None else list(self.classes),
         }
-        fields = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
         for name, rows in (("bad_samples", self.bad_samples), ("shards", self.shards)):
-            lines = ",\n  ".join(json.dumps(asdict(row)) for row in rows)
-            fields.append(f'"{name}": [\n  {lines}\n ]' if rows else f'"{name}": []')
-        return ("{\n " + ",\n ".join(fields) + "\n}\n").encode()
+            table = ",\n  ".join(json.dumps(asdict(row)) for row in rows)
+            lines.append(f'"{name}": [\n  {table}\n ]' if rows else f'"{name}": []')
+        return ("{\n " + ",\n ".join(lines) + "\n}\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
@@ -91,18 +92,18 @@ class Manifest:
             ManifestError: it is not JSON, has missing or unknown fields, or its counts do not add up.
         """
         try:
-            fields = json.loads(data)
-            version = fields.get("version")
+            values = json.loads(data)
+            version = values.get("version")
             if version != FORMAT_VERSION:
                 raise ManifestError(
                     f"version ({version!r}) must be {FORMAT_VERSION}; a newer Tarmac may have written it"
                 )
-            classes = fields.pop("classes")
+            classes = values.pop("classes")
             manifest = cls(
                 classes=None if classes is None else tuple(classes),
-                shards=tuple(ShardInfo(**row) for row in fields.pop("shards")),
-                bad_samples=tuple(BadSample(**row) for row in fields.pop("bad_samples")),
-                **fields,
+                shards=tuple(ShardInfo(**row) for row in values.pop("shards")),
+                bad_samples=tuple(BadSample(**row) for row in values.pop("bad_samples")),
+                **values,
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ManifestError(f"is not a dataset manifest: {error!r}") from error
@@ -126,7 +127,7 @@ def _check(manifest: Manifest) -> None:
             value = getattr(shard, field)
             if type(value) is not int or value < 1:
                 raise ManifestError(f"{shard.name}: {field} ({value!r}) must be a positive integer")
-        for field in ("sha256", "index_sha256"):
+        for field in ("sha256", "index_sha256", "idx_sha256"):
             value = getattr(shard, field)
             if not isinstance(value, str) or not _SHA256.fullmatch(value):
                 raise ManifestError(f"{shard.name}: {field} ({value!r}) must be 64 hex digits")
@@ -195,6 +196,16 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.offset)
 
+    def rows(self, first: int, stop: int) -> ShardIndex:
+        """A copy of rows [first, stop), so that the whole index can go."""
+        return ShardIndex(**{field.name: getattr(self, field.name)[first:stop].copy() for field in fields(self)})
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes in memory, about."""
+        arrays = sum(int(getattr(self, field.name).nbytes) for field in fields(self))
+        return arrays + int(np.strings.str_len(self.keys).sum())
+
 
 def tar_path(name: str) -> str:
     """Where shard `name` lies in the dataset."""
@@ -237,20 +248,35 @@ def read_index(store: Store, info: ShardInfo) -> ShardIndex:
         StoreError: the store does not answer or refuses us.
     """
     where = f"{store}/{index_path(info.name)}"
-    try:
-        data = store.read(index_path(info.name))
-    except StoreNotFoundError as error:
-        raise ShardError(f"{where} is missing; run `tarmac verify {store}` ({error})") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != info.index_sha256:
-        raise ShardError(
-            f"{where} has sha256 {found}, but the manifest says {info.index_sha256}; it was changed or damaged: "
-            f"restore it, or write the dataset anew"
-        )
-    index, _ = parse_index(data, where)
+    index, _ = parse_index(_read_whole(store, index_path(info.name), info.index_sha256), where)
     if len(index) != info.num_samples:
         raise ShardError(f"{where} has {len(index)} rows, but the manifest says {info.num_samples}")
     return index
+
+
+def read_idx(store: Store, info: ShardInfo) -> list[str]:
+    """The lines of DALI's index of a shard, checked against the manifest.
+
+    Raises:
+        ShardError: it is missing, or is not the file that the manifest names.
+        StoreError: the store does not answer or refuses us.
+    """
+    return _read_whole(store, idx_path(info.name), info.idx_sha256).decode("ascii", "replace").splitlines()
+
+
+def _read_whole(store: Store, path: str, sha256: str) -> bytes:
+    """An object that must have this sha256. Raises ShardError."""
+    try:
+        data = store.read(path)
+    except StoreNotFoundError as error:
+        raise ShardError(f"{store}/{path} is missing; run `tarmac verify {store}` ({error})") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ShardError(
+            f"{store}/{path} has sha256 {found}, but the manifest says {sha256}; it was changed or damaged: restore "
+            f"it, or write the dataset anew, after `tarmac verify {store}` has told what else is damaged"
+        )
+    return data
 
 
 def parse_index(data: bytes, where: str) -> tuple[ShardIndex, dict[str, Any]]:

@@ -16,18 +16,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.augment import replacement_ids
 from pipeline.config import DataConfig
 from pipeline.dataset import Dataset
-from pipeline.errors import ShardError, StoreNotFoundError
-from pipeline.manifest import ShardIndex, tar_path
+from pipeline.errors import ShardError
+from pipeline.manifest import ShardIndex
 from pipeline.order import Order, Run, Window
 
 logger = logging.getLogger(__name__)
@@ -110,9 +109,10 @@ class Reader:
     """Reads the encoded samples of one rank, step after step from `start_step`. Use `read_step` from one thread.
 
     Memory: with P = `(1 + read_ahead_steps) * G / L` positions a lane at hand, a lane holds the windows that these
-    touch: in the mean `P + shuffle_window_samples` samples, at most `P + 2 * shuffle_window_samples`. The store may
-    hold what is in flight, `num_fetches * fetch_bytes`, once more. With images of 110 kB, 64 lanes over 8 ranks,
-    G = 4096 and the defaults: at most 8 * (192 + 256) * 110 kB = 394 MB, and 67 MB.
+    touch: in the mean `P + shuffle_window_samples` samples, at most `P + 2 * shuffle_window_samples`. Reads in flight
+    belong to these windows; the store may hold their bytes once more, `num_fetches * fetch_bytes`. With images of
+    110 kB, 64 lanes over 8 ranks, G = 4096 and the defaults: at most 8 * (192 + 256) * 110 kB = 394 MB, and
+    8 * 8 MiB = 67 MB. (docs/memory.md has the rest of a loader's memory.)
 
     Args:
         dataset: where the bytes lie.
@@ -141,7 +141,7 @@ class Reader:
         self.wait_s = 0.0
         """Seconds that `read_step` waited for bytes."""
         self.fetched_bytes = 0
-        """Bytes read from shards."""
+        """Bytes read from shards, but for repeats of damaged samples."""
 
     def read_step(self) -> list[EncodedSample]:
         """The samples of the next step in position order; starts the reads of the steps after it.
@@ -254,7 +254,7 @@ class Reader:
     def _cut(self, epoch: int, run: Run, index: ShardIndex) -> None:
         """Cut a run into pieces and note where each of its samples will be."""
         for first, stop in _pieces(index, run, self._config.fetch_bytes):
-            piece = _Piece(run.shard, _rows(index, first, stop))
+            piece = _Piece(run.shard, index.rows(first, stop))
             for row in range(first, stop):
                 self._places[epoch, run.shard, row] = (piece, row - first)
 
@@ -292,41 +292,16 @@ class Reader:
 
     def _read_one(self, sample_id: int) -> _Row:
         (shard,), (row,) = self._dataset.locate([sample_id])
-        return self._fetch(int(shard), _rows(self._dataset.index(int(shard)), int(row), int(row) + 1))[0]
+        return self._fetch(int(shard), self._dataset.index(int(shard)).rows(int(row), int(row) + 1))[0]
 
     def _fetch(self, shard: int, index: ShardIndex) -> list[_Row]:
-        """Read consecutive rows of a shard in one go, and each one that does not match its crc once more."""
-        first, stop = int(index.offset[0]), int(index.offset[-1] + index.num_bytes[-1])
-        blob = memoryview(self._read_range(shard, first, stop - first))
-        starts = (index.offset - first).tolist()
-        columns = (index.num_bytes, index.crc32c, index.height, index.width, index.label)
-        rows = []
-        for start, num_bytes, crc, *shape_and_label in zip(starts, *(c.tolist() for c in columns), strict=True):
-            data, reason = blob[start : start + num_bytes], None
-            if google_crc32c.value(bytes(data)) != crc:
-                again = self._read_range(shard, first + start, num_bytes)
-                data, found = memoryview(again), google_crc32c.value(again)
-                reason = None if found == crc else f"crc32c {found:08x} must be {crc:08x}"
-            rows.append(_Row(data, reason, *shape_and_label))
+        """Read consecutive rows of a shard."""
+        columns = (column.tolist() for column in (index.height, index.width, index.label))
+        found = self._dataset.read_rows(shard, index)
+        rows = [_Row(*read, *numbers) for read, *numbers in zip(found, *columns, strict=True)]
+        with self._lock:
+            self.fetched_bytes += int(index.offset[-1] + index.num_bytes[-1] - index.offset[0])
         return rows
-
-    def _read_range(self, shard: int, offset: int, num_bytes: int) -> bytes:
-        store, info = self._dataset.store, self._dataset.manifest.shards[shard]
-        path = tar_path(info.name)
-        remedy = f"run `tarmac verify {store}` and restore the shard"
-        try:
-            data = store.read_range(path, offset, num_bytes)
-            if len(data) == num_bytes:
-                with self._lock:
-                    self.fetched_bytes += num_bytes
-                return data
-            found = store.size(path)
-        except StoreNotFoundError as error:
-            raise ShardError(f"{store}/{path} is missing; it should hold {info.num_bytes} bytes; {remedy}") from error
-        raise ShardError(
-            f"{store}/{path} should hold {info.num_bytes} bytes and holds {found}; a read of {num_bytes} bytes at "
-            f"{offset} returned {len(data)}; {remedy}"
-        )
 
     def _count_bad(self, sample_id: int, reason: str) -> None:
         """Count a damaged sample, once however often it comes up."""
@@ -349,8 +324,3 @@ def _pieces(index: ShardIndex, run: Run, fetch_bytes: int) -> Iterator[tuple[int
         stop = max(stop, first + 1)
         yield first, stop
         first = stop
-
-
-def _rows(index: ShardIndex, first: int, stop: int) -> ShardIndex:
-    """A copy of some rows, so that the whole index can go."""
-    return ShardIndex(**{field.name: getattr(index, field.name)[first:stop].copy() for field in fields(index)})

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.errors import ManifestError, ShardError
 from pipeline.images import MAX_IMAGE_BYTES, BadImageError, StoredImage, prepare_image
+from pipeline.listing import SampleRef, printable
 from pipeline.manifest import (
     BadSample,
     ShardIndex,
@@ -25,7 +26,7 @@ from pipeline.manifest import (
     tar_path,
     write_index,
 )
-from pipeline.sources import SampleRef, Source, printable
+from pipeline.sources import Source
 from pipeline.store import Store, Writer
 
 NUM_READS_AHEAD = 8
@@ -114,7 +115,14 @@ class ShardWriter:
         if list(task.found) != [metadata["tar_bytes"], metadata["idx_bytes"]]:
             return None
         index_sha256 = hashlib.sha256(data).hexdigest()
-        info = ShardInfo(task.name, len(index), metadata["tar_bytes"], metadata["tar_sha256"], index_sha256)
+        info = ShardInfo(
+            name=task.name,
+            num_samples=len(index),
+            num_bytes=metadata["tar_bytes"],
+            sha256=metadata["tar_sha256"],
+            index_sha256=index_sha256,
+            idx_sha256=metadata["idx_sha256"],
+        )
         bad = tuple(BadSample(**sample) for sample in metadata["bad_samples"])
         return ShardResult(task.name, info, bad, metadata["num_converted"], resumed=True)
 
@@ -138,17 +146,20 @@ class ShardWriter:
         except _AbandonedError:
             return ShardResult(task.name, None, tuple(bad), 0)
         idx = rows.idx()
+        idx_sha256 = hashlib.sha256(idx).hexdigest()
         self.store.write(idx_path(task.name), idx)
         metadata = {
             "plan_digest": self.plan_digest,
             "tar_sha256": tar.sha256.hexdigest(),
             "tar_bytes": tar.num_bytes,
             "idx_bytes": len(idx),
+            "idx_sha256": idx_sha256,
             "num_converted": rows.num_converted,
             "bad_samples": [asdict(sample) for sample in bad],
         }
         index_sha256 = write_index(self.store, task.name, rows.index(), metadata)
-        info = ShardInfo(task.name, len(rows.keys), tar.num_bytes, tar.sha256.hexdigest(), index_sha256)
+        tar_sha256 = tar.sha256.hexdigest()
+        info = ShardInfo(task.name, len(rows.keys), tar.num_bytes, tar_sha256, index_sha256, idx_sha256)
         return ShardResult(task.name, info, tuple(bad), rows.num_converted)
 
     def _read_ahead(self, refs: tuple[SampleRef, ...]) -> Iterator[tuple[SampleRef, bytes | OSError]]:

@@ -6,58 +6,20 @@ worker processes read on their own.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import re
 import stat
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol
 
 from pipeline.config import StoreConfig
-from pipeline.errors import SourceError
+from pipeline.errors import SourceError, StoreNotFoundError, StoreRefusedError
+from pipeline.listing import Listing, SampleRef, SourceFile, is_image, list_images, printable
 from pipeline.store import Store
+from pipeline.tar_members import tar_members, unreadable
 
-# What our image library decodes; a content that differs from the name is found out when it is decoded.
-IMAGE_EXTENSIONS = frozenset(
-    ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif"),
-)
-# A USTAR name has 100 bytes: the key, a dot, and an extension of four letters at the most.
-MAX_KEY_BYTES = 90
-
-_SAFE_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-/")
 _COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tzst|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
-_TAR_BLOCK = 512
-
-
-@dataclass(frozen=True, slots=True)
-class SampleRef:
-    """One image of a source.
-
-    Args:
-        key: its name in the dataset, tar-safe and unique: letters, digits and `_-/%=`.
-        path: its path in the source.
-        num_bytes: its length.
-        label: position in the listing's classes; -1 where there are none.
-        offset: first byte in the archive; 0 for a file of its own.
-    """
-
-    key: str
-    path: str
-    num_bytes: int
-    label: int
-    offset: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What a source holds, sorted by path; `num_ignored` files have no image extension, or are hidden."""
-
-    refs: tuple[SampleRef, ...]
-    classes: tuple[str, ...] | None
-    num_ignored: int
+_WEBDATASET_LABELS = (".cls", ".json", ".txt")
 
 
 class Source(Protocol):
@@ -68,12 +30,6 @@ class Source(Protocol):
 
     def read(self, ref: SampleRef) -> bytes:
         """The bytes of one image. An OSError makes it a bad sample; any other error stops the run."""
-
-
-class _File(NamedTuple):
-    path: str
-    num_bytes: int
-    offset: int
 
 
 def open_source(location: str, store_config: StoreConfig = StoreConfig()) -> Source:  # noqa: B008 (frozen)
@@ -112,7 +68,7 @@ class FolderSource:
     def scan(self) -> Listing:
         """List the images below the folder. Raises SourceError."""
         try:
-            return _list_images(self._walk("", ()), self.root)
+            return list_images(self._walk("", ()), self.root)
         except OSError as error:
             raise SourceError(f"cannot list {error.filename}: {error.strerror}; make it readable") from error
 
@@ -121,7 +77,7 @@ class FolderSource:
         with open(os.path.join(self.root, ref.path), "rb") as file:
             return file.read()
 
-    def _walk(self, folder: str, parents: tuple[tuple[int, int], ...]) -> Iterator[_File]:
+    def _walk(self, folder: str, parents: tuple[tuple[int, int], ...]) -> Iterator[SourceFile]:
         """Files below `folder`; `parents` are the folders on the way, so that a link to one of them ends there."""
         path = os.path.join(self.root, folder)
         status = os.stat(path)
@@ -131,17 +87,18 @@ class FolderSource:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
+                # A link to itself is an error to `is_dir`, and no folder to `isdir`.
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     if not entry.name.startswith("."):
                         yield from self._walk(name, (*parents, here))
                     continue
                 try:
                     status = entry.stat()
                 except OSError:  # a broken link: reading it will give the reason
-                    yield _File(name, 0, 0)
+                    yield SourceFile(name, 0)
                 else:
                     # A pipe or a device would hang us: ignored, as a file of no known kind.
-                    yield _File(name if stat.S_ISREG(status.st_mode) else f"{name}/.", status.st_size, 0)
+                    yield SourceFile(name if stat.S_ISREG(status.st_mode) else f"{name}/.", status.st_size)
 
 
 class BucketSource:
@@ -155,12 +112,23 @@ class BucketSource:
 
     def scan(self) -> Listing:
         """List the objects below the URL. Raises SourceError, StoreError."""
-        files = (_File(entry.path, entry.num_bytes, 0) for entry in self.store.list())
-        return _list_images(files, str(self))
+        files = (SourceFile(entry.path, entry.num_bytes) for entry in self.store.list())
+        return list_images(files, str(self))
 
     def read(self, ref: SampleRef) -> bytes:
-        """Read one object. Raises StoreError."""
-        return self.store.read(ref.path)
+        """Read one object.
+
+        Raises:
+            OSError: this object is gone, refused, archived, or has a name that the store does not take.
+            StoreError: the bucket is gone, refuses us altogether, or does not answer.
+        """
+        try:
+            return self.store.read(ref.path)
+        except (StoreNotFoundError, StoreRefusedError) as error:
+            self.store.check_readable()  # or it is not this object's fault
+            raise OSError(str(error)) from error
+        except ValueError as error:
+            raise OSError(str(error)) from error
 
 
 class TarSource:
@@ -177,142 +145,31 @@ class TarSource:
 
     def scan(self) -> Listing:
         """List the images in the tar. Raises SourceError, StoreError."""
-        return _list_images(self._members(), str(self))
+        files = list(tar_members(self.store, self.name, self._block_bytes))
+        _refuse_webdataset(files, str(self))
+        return list_images(files, str(self))
 
     def read(self, ref: SampleRef) -> bytes:
-        """Read one member. Raises StoreError."""
+        """Read one member.
+
+        Raises:
+            OSError: there is nothing to read: it is a link that leads nowhere, or stored sparse.
+            StoreError: the tar is gone, refused, or does not come.
+        """
+        if (error := unreadable(ref.offset)) is not None:
+            raise error
         return self.store.read_range(self.name, ref.offset, ref.num_bytes)
 
-    def _members(self) -> list[_File]:
-        """The files in the tar; of several with one name the last, as when it is unpacked."""
-        stream = _RangedFile(self.store, self.name, self._block_bytes)
-        files: dict[str, _File] = {}
-        try:
-            with tarfile.open(fileobj=cast("io.BytesIO", stream), mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # or a million headers stay in memory
-                    path = "/".join(part for part in member.name.split("/") if part not in ("", "."))
-                    if member.isreg() and not member.issparse():
-                        files[path] = _File(path, member.size, member.offset_data)
-                    elif member.islnk() and member.linkname in files:
-                        files[path] = files[member.linkname]._replace(path=path)
-                end = tar.offset
-            stream.seek(end)
-            if any(stream.read(_TAR_BLOCK)):
-                raise tarfile.ReadError("bad header")
-        except tarfile.TarError as error:
+
+def _refuse_webdataset(files: list[SourceFile], where: str) -> None:
+    """Raise SourceError if there are labels beside images, which would be ignored."""
+    labels = [file.path for file in files if os.path.splitext(file.path)[1].lower() in _WEBDATASET_LABELS]
+    images = {os.path.splitext(file.path)[0]: file.path for file in files if labels and is_image(file.path)}
+    for label in labels:
+        stem = os.path.splitext(label)[0]
+        if stem in images:
             raise SourceError(
-                f"{self} is not a whole uncompressed tar: {error}, after {len(files)} files; copy it anew, or "
-                f"unpack what it holds into a folder"
-            ) from error
-        return list(files.values())
-
-
-class _RangedFile:
-    """An object as a seekable file: one buffered block, read when something outside of it is wanted."""
-
-    def __init__(self, store: Store, path: str, block_bytes: int) -> None:
-        self._store, self._path, self._block_bytes = store, path, block_bytes
-        self._position = self._start = 0
-        self._block = b""
-
-    def seek(self, position: int) -> int:
-        """Go to byte `position`."""
-        self._position = position
-        return position
-
-    def tell(self) -> int:
-        """Where the next read starts."""
-        return self._position
-
-    def read(self, num_bytes: int) -> bytes:
-        """The next bytes, fewer only at the end of the object."""
-        begin = self._position - self._start
-        if not 0 <= begin <= begin + num_bytes <= len(self._block):
-            self._start, begin = self._position, 0
-            self._block = self._store.read_range(self._path, self._start, max(num_bytes, self._block_bytes))
-        data = self._block[begin : begin + num_bytes]
-        self._position += len(data)
-        return data
-
-
-def _list_images(files: Iterator[_File] | list[_File], where: str) -> Listing:
-    """Sort out images from other files, find the classes, and name the samples."""
-    images, num_ignored = [], 0
-    for file in files:
-        if _is_image(file.path):
-            images.append(file)
-        else:
-            num_ignored += 1
-    if not images:
-        raise SourceError(
-            f"{where} holds no images ({num_ignored} other files); give a folder or a tar with "
-            f"class/name.jpg, or with images side by side. Image extensions are "
-            f"{', '.join(sorted(IMAGE_EXTENSIONS))}"
-        )
-    images.sort()
-    skip = _common_folder_length([image.path for image in images])
-    folders = [image.path[skip:].partition("/")[0] if "/" in image.path[skip:] else None for image in images]
-    if None in folders and set(folders) != {None}:
-        flat = images[folders.index(None)].path
-        nested = next(image.path for image, folder in zip(images, folders, strict=True) if folder)
-        raise SourceError(
-            f"{where} holds images both at its top ({printable(flat)}) and in folders ({printable(nested)}), so "
-            f"it is unclear whether folders are classes; move the former into a folder, or the latter to the top"
-        )
-    names = sorted({folder for folder in folders if folder is not None})
-    labels = {name: label for label, name in enumerate(names)}
-    keys = _keys([image.path[skip:] for image in images])
-    refs = tuple(
-        SampleRef(key, image.path, image.num_bytes, -1 if folder is None else labels[folder], image.offset)
-        for key, image, folder in zip(keys, images, folders, strict=True)
-    )
-    return Listing(refs, tuple(printable(name) for name in names) or None, num_ignored)
-
-
-def printable(path: str) -> str:
-    """`path` with bytes that are no UTF-8 written as escapes, fit for a log and for JSON."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _is_image(path: str) -> bool:
-    """Whether a file is a candidate: by its extension, and neither it nor a folder above it is hidden."""
-    hidden = any(part.startswith(".") for part in path.split("/"))
-    return not hidden and os.path.splitext(path)[1][1:].lower() in IMAGE_EXTENSIONS
-
-
-def _common_folder_length(paths: list[str]) -> int:
-    """Length of a leading path that all share, which still leaves `class/name`; `paths` are sorted."""
-    first, last = paths[0].split("/"), paths[-1].split("/")
-    num_shared = min(path.count("/") for path in paths) - 1
-    length = 0
-    for part, other in zip(first[: max(num_shared, 0)], last, strict=False):
-        if part != other:
-            break
-        length += len(part) + 1
-    return length
-
-
-def _keys(paths: list[str]) -> list[str]:
-    """A tar-safe key for each path, no two alike.
-
-    The path without its extension, with everything outside [A-Za-z0-9_-/] percent-encoded; so `=` is free to set
-    apart an extension (where another file has the same name but for it) or a hash (where the name is too long).
-    """
-    keys: list[str] = []
-    taken: set[str] = set()
-    for path in paths:
-        stem, extension = os.path.splitext(path)
-        key = _percent_encoded(stem)
-        if key in taken:
-            key = f"{key}={_percent_encoded(extension[1:])}"
-        if len(key) > MAX_KEY_BYTES:
-            digest = hashlib.blake2b(os.fsencode(path), digest_size=12).hexdigest()
-            key = f"{key[: MAX_KEY_BYTES - len(digest) - 1]}={digest}"
-        taken.add(key)
-        keys.append(key)
-    return keys
-
-
-def _percent_encoded(text: str) -> str:
-    return "".join(chr(byte) if byte in _SAFE_BYTES else f"%{byte:02X}" for byte in os.fsencode(text))
+                f"{where} looks like a WebDataset tar: {printable(label)} lies beside {printable(images[stem])}, "
+                f"and what it says of the image would be lost. Give class/name.jpg; or, to leave such files out, "
+                f"unpack the tar and give the folder"
+            )

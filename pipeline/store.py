@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import StoreConfig
 from pipeline.errors import StoreError, StoreNotFoundError
-from pipeline.store_backend import TEMPORARY_PREFIX, Backend, Sink
+from pipeline.store_backend import Backend, Sink, is_temporary
 from pipeline.store_local import LocalBackend
 
 
@@ -135,7 +135,9 @@ class Store:
         """Write an object only if there is none; True if this call created it.
 
         Exclusive on local paths and where the store has conditional puts. Elsewhere the object is written, and read
-        again after SETTLE_S: one of several creators wins, unless a request of theirs takes longer than that.
+        again after SETTLE_S: one of several creators wins, unless a request of theirs takes longer than that. There,
+        `data` must be unique to its creator (hold a random number, for example): who finds its own bytes has won,
+        so two that write the same bytes both do.
         """
         with self._explained(path) as at:
             return self._backend.create(at, bytes(data))
@@ -161,7 +163,7 @@ class Store:
         with self._explained(prefix, or_root=True) as at:
             found = builtins.list(self._backend.find(at))
         skip = len(self._root) + 1
-        entries = (Entry(path[skip:], num_bytes) for path, num_bytes in found if not _is_temporary(path))
+        entries = (Entry(path[skip:], num_bytes) for path, num_bytes in found if not is_temporary(path))
         return sorted(entries, key=lambda entry: entry.path)
 
     def size(self, path: str) -> int:
@@ -186,6 +188,22 @@ class Store:
         """Delete all objects under the directory `url/prefix`, one by one: not every server has a bulk delete."""
         with self._explained(prefix) as at:
             self._backend.remove_tree(at)
+
+    def remove_leftovers(self, prefix: str = "") -> int:
+        """Delete what killed writers left under the directory `url/prefix`, where nobody must be writing any more.
+
+        These are temporary files, and unfinished multipart uploads if the server lists them and we may abort them.
+
+        Returns:
+            How many there were.
+        """
+        with self._explained(prefix, or_root=True) as at:
+            return self._backend.remove_leftovers(at)
+
+    def check_readable(self) -> None:
+        """Raise StoreError if the bucket or the directory is missing, or refuses us altogether: asks for a listing."""
+        with self._explained("", or_root=True) as at:
+            self._backend.check_readable(at)
 
     def check_writable(self) -> None:
         """Raise StoreError now, not hours later, where the bucket is missing or refuses us."""
@@ -217,10 +235,6 @@ def _checked(path: str) -> str:
     if not path or any(part in ("", ".", "..") for part in path.split("/")):
         raise ValueError(f"store path {path!r} must be relative, without empty, '.' or '..' parts")
     return path
-
-
-def _is_temporary(path: str) -> bool:
-    return path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX)
 
 
 def _redacted(url: str) -> str:

@@ -11,6 +11,11 @@ TEMPORARY_PREFIX = ".tarmac-tmp-"
 """Unfinished files and probes: never listed."""
 
 
+def is_temporary(path: str) -> bool:
+    """Whether `path` is an unfinished file or a probe."""
+    return path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX)
+
+
 class Sink(Protocol):
     """Where a Writer's bytes go: nothing is visible before commit."""
 
@@ -53,6 +58,12 @@ class Backend(Protocol):
 
     def check_writable(self, path: str) -> None:
         """Fail if objects below `path` could not be written."""
+
+    def check_readable(self, path: str) -> None:
+        """Fail if objects below `path` could not be listed."""
+
+    def remove_leftovers(self, path: str) -> int:
+        """Delete what killed writers left below the directory `path`; how much there was."""
 
     def explain(self, error: Exception) -> tuple[type[StoreError], str, str]:
         """What kind of error this is to the caller, its reason, and its remedy."""

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pipeline.errors import StoreError, StoreNotFoundError
-from pipeline.store_backend import TEMPORARY_PREFIX
+from pipeline.errors import StoreError, StoreNotFoundError, StoreRefusedError
+from pipeline.store_backend import TEMPORARY_PREFIX, is_temporary
 
 
 class LocalBackend:
@@ -86,13 +86,24 @@ class LocalBackend:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
 
+    def check_readable(self, path: str) -> None:
+        """Open the directory."""
+        os.scandir(path).close()
+
+    def remove_leftovers(self, path: str) -> int:
+        """Delete temporary files."""
+        leftovers = [name for name, _ in self.find(path) if is_temporary(name)]
+        for name in leftovers:
+            self.remove(name)
+        return len(leftovers)
+
     def explain(self, error: Exception) -> tuple[type[StoreError], str, str]:
         """By the system's error number."""
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError)):
             return StoreNotFoundError, reason, "check the path"
         if isinstance(error, PermissionError):
-            return StoreError, reason, "check the permissions of the path"
+            return StoreRefusedError, reason, "check the permissions of the path"
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return StoreError, reason, "free some space there"
         return StoreError, reason, "check the path and its file system"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import aiohttp
@@ -20,8 +20,8 @@ from botocore.parsers import ResponseParserError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_random_exponential
 
 from pipeline.config import StoreConfig
-from pipeline.errors import StoreError, StoreNotFoundError
-from pipeline.store_backend import TEMPORARY_PREFIX, Sink
+from pipeline.errors import StoreError, StoreNotFoundError, StoreRefusedError
+from pipeline.store_backend import TEMPORARY_PREFIX, Sink, is_temporary
 
 PART_BYTES = 16 * 2**20
 MAX_PARTS = 10_000
@@ -32,6 +32,8 @@ CREATOR_KEY = "tarmac-creator"
 REFUSED_REMEDY = (
     "check the credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, profile or role) and their rights there"
 )
+
+ARCHIVED_REMEDY = "restore the object, or copy it to a storage class that can be read at once"
 
 
 def http_error(error: BaseException | None) -> tuple[int, str]:
@@ -163,6 +165,17 @@ class RemoteBackend:
         self.write(probe, b"")
         self.remove(probe)
 
+    def check_readable(self, path: str) -> None:
+        """List the directory."""
+        self.request(self.filesystem.ls, path)
+
+    def remove_leftovers(self, path: str) -> int:
+        """Delete probes."""
+        leftovers = [name for name, _ in self.find(path) if is_temporary(name)]
+        for name in leftovers:
+            self.remove(name)
+        return len(leftovers)
+
     def explain(self, error: Exception) -> tuple[type[StoreError], str, str]:
         """By HTTP status, S3 error code, and exception class."""
         status, code = http_error(error)
@@ -173,7 +186,8 @@ class RemoteBackend:
             return StoreNotFoundError, "there is no such object", "check the URL"
         if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
             reason = f"access refused ({code}: {detail})" if code else f"access refused ({detail})"
-            return StoreError, reason, REFUSED_REMEDY
+            archived = code == "InvalidObjectState"
+            return StoreRefusedError, reason, ARCHIVED_REMEDY if archived else REFUSED_REMEDY
         if is_transient(error):
             reason = f"gave up after {self.config.num_attempts} tries or {self.config.deadline_s:g} s ({detail})"
             return StoreError, reason, "check the network, the server and AWS_ENDPOINT_URL, or raise store.deadline_s"
@@ -202,6 +216,13 @@ class RemoteSink:
     def abort(self) -> None:
         """Delete the file."""
         self.file.close()
+
+
+class Upload(NamedTuple):
+    """An unfinished multipart upload."""
+
+    path: str
+    id: str
 
 
 class S3Backend(RemoteBackend):
@@ -272,6 +293,32 @@ class S3Backend(RemoteBackend):
             if not page.get("IsTruncated"):
                 return
             ask["ContinuationToken"] = page["NextContinuationToken"]
+
+    def check_readable(self, path: str) -> None:
+        """List one object."""
+        bucket, key, _ = self.filesystem.split_path(path)
+        self.request(self.filesystem.call_s3, "list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+
+    def remove_leftovers(self, path: str) -> int:
+        """Delete probes, and abort multipart uploads, as far as the server has these requests and grants them."""
+        num_removed = super().remove_leftovers(path)
+        with suppress(OSError):
+            for upload in self.uploads(path):
+                self.call("abort_multipart_upload", upload.path, UploadId=upload.id)
+                num_removed += 1
+        return num_removed
+
+    def uploads(self, path: str) -> list[Upload]:
+        """Unfinished multipart uploads below the directory `path`."""
+        bucket, key, _ = self.filesystem.split_path(path)
+        found: list[Upload] = []
+        ask = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
+        while True:
+            page = self.request(self.filesystem.call_s3, "list_multipart_uploads", **ask)
+            found += [Upload(f"{bucket}/{item['Key']}", item["UploadId"]) for item in page.get("Uploads", [])]
+            if not page.get("IsTruncated"):
+                return found
+            ask |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def size(self, path: str) -> int:
         """Length in bytes."""

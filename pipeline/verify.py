@@ -14,6 +14,7 @@ from typing import cast
 import google_crc32c
 import numpy as np
 
+from pipeline.config import require
 from pipeline.errors import ManifestError, ShardError, StoreNotFoundError
 from pipeline.manifest import (
     MANIFEST_PATH,
@@ -23,6 +24,7 @@ from pipeline.manifest import (
     ShardInfo,
     idx_path,
     index_path,
+    read_idx,
     read_index,
     read_manifest,
     tar_path,
@@ -48,7 +50,7 @@ def verify_dataset(
     num_threads: int = 8,
     on_progress: Callable[[ShardInfo], None] | None = None,
 ) -> list[Problem]:
-    """Compare a dataset with its manifest.
+    """Compare a dataset with its manifest: all names, the tars' sizes, and the indexes byte for byte.
 
     Args:
         store: the dataset's URL.
@@ -60,8 +62,10 @@ def verify_dataset(
         All problems, in the order of the shards; none for a sound dataset.
 
     Raises:
+        ValueError: no threads.
         StoreError: the store does not answer or refuses us.
     """
+    require(num_threads >= 1, f"num_threads ({num_threads}) must be at least 1")
     try:
         manifest = read_manifest(store)
     except ManifestError as error:
@@ -101,8 +105,8 @@ def _check_shard(
         else:
             messages = _index_problems(index, info, classes)
             problems += [Problem(index_path(info.name), message) for message in messages]
-    if index is not None and idx not in missing:
-        problems += [Problem(idx, message) for message in _idx_problems(store, idx, index)]
+    if idx not in missing:
+        problems += [Problem(idx, message) for message in _idx_problems(store, info, index)]
     if deep and tar not in missing:
         problems += [Problem(tar, message) for message in _tar_problems(store, info, index)]
     return problems
@@ -123,11 +127,13 @@ def _index_problems(index: ShardIndex, info: ShardInfo, classes: tuple[str, ...]
         yield f"has labels outside of [{low}, {high}]"
 
 
-def _idx_problems(store: Store, path: str, index: ShardIndex) -> Iterator[str]:
+def _idx_problems(store: Store, info: ShardInfo, index: ShardIndex | None) -> Iterator[str]:
     try:
-        lines = store.read(path).decode("ascii", "replace").splitlines()
-    except StoreNotFoundError:
-        yield "is missing"
+        lines = read_idx(store, info)
+    except ShardError as error:
+        yield str(error)
+        return
+    if index is None:
         return
     if not lines or lines[0] != f"{IDX_VERSION} {len(index)}":
         yield f"starts with {lines[0] if lines else ''!r}; it should be '{IDX_VERSION} {len(index)}'"

@@ -25,9 +25,10 @@ from typing import Any
 
 from pipeline.config import StoreConfig, require
 from pipeline.errors import ManifestError, SourceError
+from pipeline.listing import Listing, SampleRef
 from pipeline.manifest import FORMAT_VERSION, MANIFEST_PATH, BadSample, Manifest, read_manifest, write_manifest
 from pipeline.shards import Flag, ShardResult, ShardTask, ShardWriter, another_plan_error, shard_paths
-from pipeline.sources import Listing, SampleRef, Source
+from pipeline.sources import Source
 from pipeline.store import Store
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
@@ -66,7 +67,7 @@ def write_dataset(
 
     Args:
         source: where the images are.
-        dataset_url: where the dataset goes; any fsspec URL or bare path.
+        dataset_url: where the dataset goes; any fsspec URL or bare path. Nobody else may be writing there.
         seed: permutes samples over shards.
         shard_bytes: a shard takes source files until the next would go over this; one file may be larger by itself,
             and so may a shard whose images had to be converted to PNG.
@@ -90,16 +91,18 @@ def write_dataset(
     store = Store(dataset_url, store_config)
     store.check_writable()
     listing = source.scan()
-    logger.info("%s: %d images, %d other files ignored", source, len(listing.refs), listing.num_ignored)
+    logger.info("%s: %d images, %d other files ignored", source, len(listing.refs), listing.num_ignored_files)
     shards = plan_shards(listing.refs, seed, shard_bytes)
     digest = plan_digest(listing, seed, shard_bytes)
     settings = {"seed": seed, "shard_bytes": shard_bytes, "plan_digest": digest}
-    settings |= {"num_source_images": len(listing.refs), "num_ignored_files": listing.num_ignored}
+    settings |= {"num_source_images": len(listing.refs), "num_ignored_files": listing.num_ignored_files}
+    settings |= {"ignored_extensions": listing.ignored_extensions}
     if store.exists(MANIFEST_PATH):
         return _existing_manifest(store, settings)
     tasks = _tasks(store, shards, digest)
     results = _write_shards(ShardWriter(source, store, digest, max_bad), tasks, num_workers, on_progress)
     manifest = _assemble(results, listing.classes, settings)
+    store.remove_leftovers()
     write_manifest(store, manifest)
     return manifest
 

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import skimage.data
+from faulty_proxy import Faults, start_faulty_proxy
+from noise import PART_BYTES
 from PIL import Image
 
+from cluster.local_s3 import S3Server
+from pipeline import store_remote
 from pipeline.sources import FolderSource
+from pipeline.store import Store
 from pipeline.write import write_dataset
 
 # Names that need care: a space, a dot, letters beyond ASCII, a percent sign.
@@ -56,3 +61,19 @@ def read_files() -> Callable[[Path], dict[str, bytes]]:
     return lambda folder: {
         str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
+
+
+@pytest.fixture
+def store(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store of each kind; long objects have parts of the shortest length."""
+    monkeypatch.setattr(store_remote, "PART_BYTES", PART_BYTES)
+    return Store(store_url)
+
+
+@pytest.fixture
+def faults(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """A proxy that every store opened from now on goes through."""
+    with start_faulty_proxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        yield proxy

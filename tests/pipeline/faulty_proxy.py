@@ -11,14 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-Action = Literal["503", "cut the body", "reset", "lose the answer", "say nothing"]
+Action = Literal["403", "503", "cut the body", "reset", "lose the answer", "say nothing"]
+ACCESS_DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
 @dataclass
 class Faults:
     """What the proxy does wrong, and what it has seen."""
 
-    endpoint: str = ""
+    endpoint: str
     planned: list[tuple[str, str, Action]] = field(default_factory=list)
     """Method, part of the URL, action: each happens once, to the first request that matches."""
     requests: list[str] = field(default_factory=list)
@@ -40,75 +41,86 @@ class Faults:
         return None
 
 
+class _Handler(BaseHTTPRequestHandler):
+    """Passes requests on to `server.upstream`, but for the faults that are planned."""
+
+    server: _Proxy
+    protocol_version = "HTTP/1.1"
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except ConnectionError:  # the client gave up on us
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        action = self.server.faults.take(self.command, self.path)
+        if action == "say nothing":
+            self.server.faults.over.wait()
+        if action in ("say nothing", "reset"):
+            self.close_connection = True
+        elif action == "503":
+            self.answer(503, [("Content-Length", "0")], b"")
+        elif action == "403":
+            self.answer(403, [("Content-Type", "application/xml")], ACCESS_DENIED)
+        else:
+            status, headers, answer = self.ask(body)
+            if action == "lose the answer":
+                self.close_connection = True
+                return
+            if action == "cut the body":
+                answer, self.close_connection = answer[: len(answer) // 2], True
+            self.answer(status, headers, answer)
+
+    def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection(self.server.upstream, timeout=30)
+        try:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() != "expect":
+                    connection.putheader(name, value)
+            connection.endheaders(body)
+            response = connection.getresponse()
+            return response.status, response.getheaders(), response.read()
+        finally:
+            connection.close()
+
+    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in ("transfer-encoding", "connection"):
+                self.send_header(name, value)
+        if not any(name.lower() == "content-length" for name, _ in headers):
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on  # noqa: N815
+
+
+class _Proxy(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.upstream = urlsplit(upstream).netloc
+        self.faults = Faults(f"http://127.0.0.1:{self.server_address[1]}")
+
+
 @contextmanager
 def start_faulty_proxy(upstream: str) -> Iterator[Faults]:
     """Serve on loopback, pass everything on to `upstream`, but for the faults that are planned."""
-    faults = Faults()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def handle_one_request(self) -> None:
-            try:
-                super().handle_one_request()
-            except ConnectionError:  # the client gave up on us
-                self.close_connection = True
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            action = faults.take(self.command, self.path)
-            if action == "say nothing":
-                faults.over.wait()
-            if action in ("say nothing", "reset"):
-                self.close_connection = True
-            elif action == "503":
-                self.answer(503, [("Content-Length", "0")], b"")
-            else:
-                status, headers, answer = self.ask(body)
-                if action == "lose the answer":
-                    self.close_connection = True
-                    return
-                if action == "cut the body":
-                    answer, self.close_connection = answer[: len(answer) // 2], True
-                self.answer(status, headers, answer)
-
-        def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-            connection = http.client.HTTPConnection(urlsplit(upstream).netloc, timeout=30)
-            try:
-                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in self.headers.items():
-                    if name.lower() != "expect":
-                        connection.putheader(name, value)
-                connection.endheaders(body)
-                response = connection.getresponse()
-                return response.status, response.getheaders(), response.read()
-            finally:
-                connection.close()
-
-        def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
-            self.send_response_only(status)
-            for name, value in headers:
-                if name.lower() not in ("transfer-encoding", "connection"):
-                    self.send_header(name, value)
-            if not any(name.lower() == "content-length" for name, _ in headers):
-                self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on  # noqa: N815
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = _Proxy(upstream)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
-    faults.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     try:
-        yield faults
+        yield server.faults
     finally:
-        faults.over.set()
+        server.faults.over.set()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+import tracemalloc
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +24,7 @@ from pipeline.store import Store
 
 
 def dataset_of(sizes: list[int], **options: int) -> Dataset:
-    shards = tuple(ShardInfo(f"shard-{i:06d}", n, 10_240, "a" * 64, "b" * 64) for i, n in enumerate(sizes))
+    shards = tuple(ShardInfo(f"shard-{i:06d}", n, 10_240, *["a" * 64] * 3) for i, n in enumerate(sizes))
     return Dataset(Store("/nowhere"), Manifest(sum(sizes), 0, None, {}, shards, ()), **options)
 
 
@@ -96,11 +97,29 @@ def test_a_flipped_bit_a_cut_and_a_missing_shard_are_shard_errors(dataset_folder
         dataset.sample_bytes(0)
     assert dataset.sample_bytes(1)
     tar.write_bytes(data[: dataset.index(0).offset[last] + 10])
-    with pytest.raises(ShardError, match=r"the shard ends after 10 of \d+ bytes.*tarmac verify"):
+    with pytest.raises(ShardError, match=r"shard-000000\.tar should hold \d+ bytes and holds .* returned 10; .*verify"):
         dataset.sample_bytes(last)
     tar.unlink()
-    with pytest.raises(ShardError, match="the shard is missing"):
+    with pytest.raises(ShardError, match=r"shard-000000\.tar is missing"):
         dataset.sample_bytes(1)
+
+
+class FlippingStore(Store):
+    """The first of two reads of the same bytes comes damaged."""
+
+    num_reads = 0
+
+    def read_range(self, path: str, offset: int, num_bytes: int) -> bytes:
+        data = super().read_range(path, offset, num_bytes)
+        self.num_reads += 1
+        return data if self.num_reads % 2 == 0 else bytes([data[0] ^ 1]) + data[1:]
+
+
+def test_a_fault_on_the_way_is_read_once_more(whole_dataset: Path) -> None:
+    dataset = open_dataset(str(whole_dataset))
+    store = FlippingStore(str(whole_dataset))
+    assert Dataset(store, dataset.manifest).sample_bytes(5) == dataset.sample_bytes(5)
+    assert store.num_reads == 2
 
 
 def test_opening_nothing_says_so(tmp_path: Path) -> None:
@@ -149,7 +168,28 @@ def test_the_least_recently_used_index_is_dropped(monkeypatch: pytest.MonkeyPatc
         return index_of(info.num_samples)
 
     monkeypatch.setattr("pipeline.dataset.read_index", read_index)
-    dataset = dataset_of([1, 1, 1], max_cached_indexes=2)
+    size = index_of(1).memory_bytes
+    dataset = dataset_of([1, 1, 1], index_cache_bytes=2 * size)
     for shard in (0, 1, 0, 2, 0, 1):
         dataset.index(shard)
     assert loads == [0, 1, 2, 1]
+    loads.clear()
+    dataset = dataset_of([1, 1, 2], index_cache_bytes=2 * size)
+    for shard in (0, 1, 2, 2, 0):  # the third is longer, and drops both others
+        dataset.index(shard)
+    assert loads == [0, 1, 2, 0]
+    loads.clear()
+    dataset = dataset_of([1, 1], index_cache_bytes=0)
+    assert [len(dataset.index(shard)) for shard in (0, 0, 1)] == [1, 1, 1]
+    assert loads == [0, 1]
+
+
+def test_memory_of_an_index_is_what_is_allocated() -> None:
+    num = 50_000
+    numbers = np.zeros(num, np.int64)
+    tracemalloc.start()
+    keys = np.array([f"a-class-name/an-image-name-{number:06d}" for number in range(num)], np.dtypes.StringDType())
+    index = ShardIndex(keys, *[numbers.astype(np.int32) for _ in range(6)])
+    allocated = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert 0.7 * allocated < index.memory_bytes < 1.4 * allocated

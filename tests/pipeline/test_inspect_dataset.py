@@ -6,9 +6,11 @@ from pathlib import Path
 from statistics import median_high
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pipeline.dataset import open_dataset
+from pipeline.errors import ShardError
 from pipeline.inspect_dataset import draw_grid, inspect_dataset
 from pipeline.sources import FolderSource
 from pipeline.write import write_dataset
@@ -69,3 +71,19 @@ def test_a_grid_shows_samples_and_depends_on_the_seed_only(whole_dataset: Path) 
     np.testing.assert_array_equal(np.asarray(draw_grid(dataset, 9, seed=1)), np.asarray(grid))
     assert not np.array_equal(np.asarray(draw_grid(dataset, 9, seed=2)), np.asarray(grid))
     assert draw_grid(dataset, 1000).width == 6 * 160  # no more than there are
+
+
+@pytest.mark.parametrize("content", [None, b"v1.2 0\n"])
+def test_a_missing_or_damaged_idx_is_an_error_with_a_remedy(dataset_folder: Path, content: bytes | None) -> None:
+    path = dataset_folder / "shard-000001.idx"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ShardError, match=r"shard-000001\.idx .*tarmac verify"):
+        inspect_dataset(open_dataset(str(dataset_folder)))
+
+
+def test_no_samples_and_no_threads_are_refused(whole_dataset: Path) -> None:
+    dataset = open_dataset(str(whole_dataset))
+    with pytest.raises(ValueError, match=r"num_samples \(0\) must be at least 1"):
+        draw_grid(dataset, 0)
+    with pytest.raises(ValueError, match=r"num_threads \(0\) must be at least 1"):
+        inspect_dataset(dataset, num_threads=0)

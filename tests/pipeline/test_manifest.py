@@ -29,8 +29,8 @@ MANIFEST = Manifest(
     classes=("cat", "dög"),
     settings={"seed": 3, "shard_bytes": 1},
     shards=(
-        ShardInfo("shard-000000", 2, 10_240, "a" * 64, "b" * 64),
-        ShardInfo("shard-000001", 3, 20_480, "c" * 64, "d" * 64),
+        ShardInfo("shard-000000", 2, 10_240, "a" * 64, "b" * 64, "e" * 64),
+        ShardInfo("shard-000001", 3, 20_480, "c" * 64, "d" * 64, "f" * 64),
     ),
     bad_samples=(BadSample("cat/x.jpg", "the file is empty"),),
 )
@@ -56,6 +56,7 @@ def test_manifest_survives_writing_and_reading(tmp_path: Path) -> None:
         "num_bytes": 20480,
         "sha256": "c" * 64,
         "index_sha256": "d" * 64,
+        "idx_sha256": "f" * 64,
     }
 
 
@@ -99,6 +100,7 @@ def damaged_shard(**changes: Any) -> bytes:
         (damaged_shard(num_bytes=True), "positive"),
         (damaged_shard(sha256="A" * 64), "hex"),
         (damaged_shard(index_sha256=None), "hex"),
+        (damaged_shard(idx_sha256="e" * 63), "hex"),
         (damaged_shard(extra=1), "extra"),
     ],
 )
@@ -117,7 +119,7 @@ def test_no_manifest_names_the_command_that_makes_one(tmp_path: Path) -> None:
 
 def test_a_hundred_thousand_shards_are_read_in_seconds() -> None:
     num = 100_000
-    shards = tuple(ShardInfo(f"shard-{i:06d}", 10_000, 2**30, "a" * 64, "b" * 64) for i in range(num))
+    shards = tuple(ShardInfo(f"shard-{i:06d}", 10_000, 2**30, "a" * 64, "b" * 64, "c" * 64) for i in range(num))
     manifest = Manifest(num * 10_000, num * 2**30, None, {}, shards, ())
     data = manifest.to_json()
     assert len(data) < 32 * 2**20
@@ -127,7 +129,7 @@ def test_a_hundred_thousand_shards_are_read_in_seconds() -> None:
 def test_index_survives_writing_and_reading(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     sha256 = write_index(store, "shard-000000", INDEX)
-    read = read_index(store, ShardInfo("shard-000000", 2, 1, "a" * 64, sha256))
+    read = read_index(store, ShardInfo("shard-000000", 2, 1, "a" * 64, sha256, "e" * 64))
     assert len(read) == 2
     assert read.keys.tolist() == INDEX.keys.tolist()
     for field in fields(INDEX)[1:]:
@@ -141,12 +143,12 @@ def test_index_that_is_not_the_manifests_is_refused(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     sha256 = write_index(store, "shard-000000", INDEX)
     with pytest.raises(ShardError, match="has 2 rows, but the manifest says 3"):
-        read_index(store, ShardInfo("shard-000000", 3, 1, "a" * 64, sha256))
+        read_index(store, ShardInfo("shard-000000", 3, 1, "a" * 64, sha256, "e" * 64))
     with pytest.raises(ShardError, match="sha256"):
-        read_index(store, ShardInfo("shard-000000", 2, 1, "a" * 64, "b" * 64))
+        read_index(store, ShardInfo("shard-000000", 2, 1, "a" * 64, "b" * 64, "e" * 64))
     with pytest.raises(ShardError, match=r"shard-000001\.parquet is missing"):
-        read_index(store, ShardInfo("shard-000001", 2, 1, "a" * 64, sha256))
+        read_index(store, ShardInfo("shard-000001", 2, 1, "a" * 64, sha256, "e" * 64))
     shutil.rmtree(tmp_path / "index")
     store.write("index/shard-000000.parquet", b"PAR1 but not really PAR1")
     with pytest.raises(ShardError, match="sha256"):
-        read_index(store, ShardInfo("shard-000000", 2, 1, "a" * 64, sha256))
+        read_index(store, ShardInfo("shard-000000", 2, 1, "a" * 64, sha256, "e" * 64))

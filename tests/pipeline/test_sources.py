@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import subprocess
 import tarfile
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError
-from pipeline.sources import FolderSource, Listing, TarSource, _keys, open_source
+from pipeline.listing import Listing, sample_keys
+from pipeline.sources import FolderSource, TarSource, open_source
 from pipeline.store import Store
 
 
@@ -46,7 +48,7 @@ def test_an_image_folder_has_classes(tmp_path: Path) -> None:
         ("b/1", "b/1.jpg", 7, 1),
     ]
     assert listing.classes == ("a", "b")
-    assert listing.num_ignored == 3
+    assert listing.num_ignored_files == 3
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     listing = FolderSource(str(tmp_path)).scan()
     assert rows(listing) == [("0", "0.jpeg", 6, -1), ("1", "1.jpg", 5, -1)]
     assert listing.classes is None
-    assert listing.num_ignored == 1
+    assert listing.num_ignored_files == 1
 
 
 def test_a_folder_that_is_both_names_one_of_each(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_hidden_files_are_ignored(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.jpg", "a/._1.jpg", ".cache/2.jpg", "a/.jpg")
     listing = FolderSource(str(tmp_path)).scan()
     assert [ref.path for ref in listing.refs] == ["a/1.jpg"]
-    assert TarSource(str(make_tar(tmp_path / "x.tar", "a/1.jpg", "__x/._1.jpg"))).scan().num_ignored == 1
+    assert TarSource(str(make_tar(tmp_path / "x.tar", "a/1.jpg", "__x/._1.jpg"))).scan().num_ignored_files == 1
 
 
 def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_links_are_followed_but_not_round_in_circles(tmp_path: Path) -> None:
         ("a/file", "a/file.jpg", 5, 0),
         ("linked/1", "linked/1.jpg", 5, 1),
     ]
-    assert listing.num_ignored == 1
+    assert listing.num_ignored_files == 1
     assert folder.read(listing.refs[2]) == b"1.jpg"
     with pytest.raises(FileNotFoundError):
         folder.read(listing.refs[0])
@@ -128,7 +130,7 @@ def test_a_tar_is_read_as_the_folder_it_was_made_of(tmp_path: Path, format: int)
     listing = source.scan()
     assert rows(listing) == rows(FolderSource(str(folder)).scan())
     assert listing.classes == ("b", "ä")
-    assert listing.num_ignored == 1
+    assert listing.num_ignored_files == 1
     for ref in listing.refs:
         assert source.read(ref) == ref.path.encode()
 
@@ -160,7 +162,85 @@ def test_a_tar_keeps_what_unpacking_it_would(tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
         tar.addfile(link)
     source = TarSource(str(tmp_path / "x.tar"))
-    assert {ref.path: source.read(ref) for ref in source.scan().refs} == {"a.jpg": b"newer", "b.jpg": b"newer"}
+    assert {ref.path: source.read(ref) for ref in source.scan().refs} == dict.fromkeys(
+        ("a.jpg", "b.jpg", "c.jpg"), b"newer"
+    )
+
+
+def test_links_in_a_tar_are_followed_as_in_the_folder_it_was_made_of(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "folder", "a/1.jpg", "b/2.jpg", "b/deep/3.jpg", "b/.hidden/4.jpg", "c/5.txt")
+    os.link(folder / "a/1.jpg", folder / "b/hard.jpg")
+    (folder / "a/soft.jpg").symlink_to("../b/deep/./3.jpg")
+    os.link(folder / "a/soft.jpg", folder / "b/hard-to-soft.jpg", follow_symlinks=False)
+    (folder / "a/twice.jpg").symlink_to("soft.jpg")
+    (folder / "d").symlink_to("b")
+    (folder / "a/up").symlink_to("..")
+    (folder / "a/through.jpg").symlink_to("up/d/2.jpg")
+    (folder / "a/gone.jpg").symlink_to("gone")
+    (folder / "a/round.jpg").symlink_to("round.jpg")
+    os.mkfifo(folder / "a/pipe.jpg")
+    tar = tmp_path / "x.tar"
+    subprocess.run(["tar", "-C", folder, "-cf", tar, "."], check=True)
+    from_folder, from_tar = FolderSource(str(folder)), TarSource(str(tar))
+    expected, listing = from_folder.scan(), from_tar.scan()
+    assert "d/deep/3.jpg" in [ref.path for ref in listing.refs]
+    assert rows(listing) == rows(expected)
+    assert (listing.classes, listing.ignored_extensions) == (expected.classes, expected.ignored_extensions)
+    assert listing.ignored_extensions == {"(special)": 1, "txt": 1}
+    for ref, wanted in zip(listing.refs, expected.refs, strict=True):
+        if wanted.path.endswith(("gone.jpg", "round.jpg")):
+            for source, bad in ((from_tar, ref), (from_folder, wanted)):
+                with pytest.raises(OSError, match="link"):
+                    source.read(bad)
+        else:
+            assert from_tar.read(ref) == from_folder.read(wanted)
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "../x.jpg", "a/../../x.jpg", "a.jpg/x", "nothing"])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_that_leads_out_of_the_tar_or_nowhere_is_listed_and_cannot_be_read(
+    tmp_path: Path, target: str, kind: bytes
+) -> None:
+    path = make_tar(tmp_path / "x.tar", "a.jpg")
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = kind, target
+        tar.addfile(link)
+    source = TarSource(str(path))
+    good, bad = source.scan().refs
+    assert source.read(good) == b"a.jpg"
+    with pytest.raises(FileNotFoundError, match="link to a file that is not in the tar"):
+        source.read(bad)
+
+
+def test_a_sparse_image_is_listed_and_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "folder" / "a.jpg").open("wb") as file:
+        file.truncate(2**20)
+    subprocess.run(["tar", "-C", tmp_path / "folder", "--sparse", "-cf", tmp_path / "x.tar", "."], check=True)
+    source = TarSource(str(tmp_path / "x.tar"))
+    with pytest.raises(OSError, match="stored sparse"):
+        source.read(source.scan().refs[0])
+
+
+@pytest.mark.parametrize("extension", ["cls", "json", "TXT"])
+def test_a_webdataset_tar_is_refused_before_its_labels_are_lost(tmp_path: Path, extension: str) -> None:
+    path = make_tar(tmp_path / "x.tar", "notes.txt", "000.jpg", f"000.{extension}", "001.jpg", f"001.{extension}")
+    with pytest.raises(SourceError, match=rf"WebDataset tar: 000\.{extension} lies beside 000\.jpg.*unpack"):
+        TarSource(str(path)).scan()
+    assert len(TarSource(str(make_tar(tmp_path / "y.tar", "notes.txt", "000.jpg"))).scan().refs) == 1
+
+
+def test_ignored_files_are_counted_by_extension(tmp_path: Path) -> None:
+    touch(tmp_path, "a/1.jpg", "a/2.xml", "a/3.XML", "README", ".git", "a/._1.jpg")
+    listing = FolderSource(str(tmp_path)).scan()
+    assert listing.ignored_extensions == {"xml": 2, "(none)": 1, "(hidden)": 2}
+    assert listing.num_ignored_files == 5
+    touch(tmp_path, *[f"frames/x.{number:03d}" for number in range(100)])
+    listing = FolderSource(str(tmp_path)).scan()
+    assert len(listing.ignored_extensions) == 21
+    assert listing.ignored_extensions["(other)"] == 83
+    assert listing.num_ignored_files == 105
 
 
 @pytest.mark.parametrize("cut", [700, 1200])
@@ -200,7 +280,7 @@ def test_folders_and_tars_in_buckets(tmp_path: Path) -> None:
 
 
 def test_keys_of_files_that_differ_in_their_extension_only() -> None:
-    assert _keys(["a.jpeg", "a.jpg", "a.png", "a.png.jpg", "a=png.jpg"]) == [
+    assert sample_keys(["a.jpeg", "a.jpg", "a.png", "a.png.jpg", "a=png.jpg"]) == [
         "a",
         "a=jpg",
         "a=png",
@@ -224,7 +304,7 @@ def test_keys_are_safe_unique_and_say_the_path(paths: list[str]) -> None:
             os.fsencode(path)
     except UnicodeEncodeError:  # no file system gives such a name
         return
-    keys = _keys(paths)
+    keys = sample_keys(paths)
     assert len(set(keys)) == len(paths)
     for key, path in zip(keys, paths, strict=True):
         assert re.fullmatch(r"[A-Za-z0-9_%=/-]{1,90}", key)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -99,16 +100,36 @@ def test_a_wrong_label_is_found(dataset_folder: Path) -> None:
     assert any("holds b'7', which is not the label" in message for message in messages)
 
 
-def test_a_damaged_index_is_named(dataset_folder: Path) -> None:
-    flip(dataset_folder / INDEX, 50)
+@pytest.mark.parametrize("path", [INDEX, IDX])
+def test_a_damaged_index_is_named(dataset_folder: Path, path: str) -> None:
+    flip(dataset_folder / path, 50)
     (problem,) = check(dataset_folder)
-    assert problem.path == INDEX
+    assert problem.path == path
     assert "the manifest says" in problem.message
+
+
+def test_no_threads_are_refused(whole_dataset: Path) -> None:
+    with pytest.raises(ValueError, match=r"num_threads \(0\) must be at least 1"):
+        verify_dataset(Store(str(whole_dataset)), num_threads=0)
+
+
+def with_another_idx(folder: Path, content: str) -> None:
+    """Replace a shard's idx, and let the manifest vouch for the new one."""
+    (folder / IDX).write_text(content)
+    vouch(folder, idx_sha256=hashlib.sha256(content.encode()).hexdigest())
+
+
+def vouch(folder: Path, **changes: str) -> None:
+    store = Store(str(folder))
+    manifest = read_manifest(store)
+    shards = [replace(info, **changes) if f"{info.name}.tar" == TAR else info for info in manifest.shards]
+    (folder / "manifest.json").unlink()
+    write_manifest(store, replace(manifest, shards=tuple(shards)))
 
 
 @pytest.mark.parametrize("content", ["", "v1.2 99\n", "v1.1 4\n"])
 def test_an_idx_with_another_head_is_named(dataset_folder: Path, content: str) -> None:
-    (dataset_folder / IDX).write_text(content)
+    with_another_idx(dataset_folder, content)
     (problem,) = check(dataset_folder)
     assert problem.path == IDX
     assert "starts with" in problem.message
@@ -116,7 +137,7 @@ def test_an_idx_with_another_head_is_named(dataset_folder: Path, content: str) -
 
 def test_an_idx_with_another_offset_is_named(dataset_folder: Path) -> None:
     text = (dataset_folder / IDX).read_text()
-    (dataset_folder / IDX).write_text(text.replace(" 512 ", " 1024 ", 1))
+    with_another_idx(dataset_folder, text.replace(" 512 ", " 1024 ", 1))
     (problem,) = check(dataset_folder)
     assert problem.path == IDX
     assert "other offsets" in problem.message
@@ -129,10 +150,7 @@ def with_another_index(folder: Path, change: Callable[[dict[str, np.ndarray]], N
     columns = {name: column.copy() for name, column in vars(index).items()}
     change(columns)
     sha256 = write_index(store, "shard-000001", replace(index, **columns), metadata)
-    manifest = read_manifest(store)
-    shards = [replace(info, index_sha256=sha256) if info.name in INDEX else info for info in manifest.shards]
-    (folder / "manifest.json").unlink()
-    write_manifest(store, replace(manifest, shards=tuple(shards)))
+    vouch(folder, index_sha256=sha256)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from PIL import Image
 
 from pipeline.dataset import open_dataset
 from pipeline.errors import SourceError, StoreError
+from pipeline.listing import SampleRef
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.sources import FolderSource, SampleRef, TarSource, open_source
+from pipeline.sources import FolderSource, TarSource, open_source
 from pipeline.store import Store
 from pipeline.verify import verify_dataset
 from pipeline.write import ShardDone, plan_shards, write_dataset

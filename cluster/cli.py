@@ -12,24 +12,26 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from cluster import commands
+from cluster import dataset_commands, run_commands
+from cluster.options import CommandError, UsageError
 from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
 from trainer.errors import CheckpointError, RunError, TrainingError
 
 DONE, FAILED, WRONG_USE, PREEMPTED = 0, 1, 2, 75
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "shard": commands.shard,
-    "verify": commands.verify,
-    "inspect": commands.inspect,
-    "pretrain": commands.pretrain,
-    "reconstruct": commands.reconstruct,
-    "curve": commands.curve,
+    "shard": dataset_commands.shard,
+    "verify": dataset_commands.verify,
+    "inspect": dataset_commands.inspect,
+    "pretrain": run_commands.pretrain,
+    "reconstruct": run_commands.reconstruct,
+    "curve": run_commands.curve,
 }
 
 _FAILURES = (
+    OSError,
     *(StoreError, ManifestError, ShardError, SourceError),
-    *(CheckpointError, RunError, TrainingError, commands.CommandError),
+    *(CheckpointError, RunError, TrainingError, CommandError),
 )
 
 _USAGE = "usage: tarmac [-v] COMMAND ...\n\nMasked autoencoders on a Ray cluster from tar shards in object storage.\n"
@@ -57,11 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"unknown command {name!r}; known are {', '.join(COMMANDS)}", WRONG_USE)
     try:
         return COMMANDS[name](arguments)
-    except commands.UsageError as error:
+    except (UsageError, ValueError) as error:  # ValueError: a value that a config or a function refuses
+        logging.debug("tarmac %s", name, exc_info=True)
         return _fail(str(error), WRONG_USE)
     except _FAILURES as error:
-        if verbose:
-            logging.exception("tarmac %s failed", name)
+        logging.debug("tarmac %s", name, exc_info=True)
         return _fail(str(error), FAILED)
     except KeyboardInterrupt:
         _fail("interrupted", FAILED)

@@ -23,7 +23,7 @@ class JobConfig:
     gpus_per_worker: float = execution(0.0)
     """1 trains on CUDA with nccl, 0 on CPUs with gloo."""
     max_attempts_without_progress: int = execution(3)
-    """Restarts in a row that committed nothing, after which the run stops as a crash loop."""
+    """Attempts in a row that committed nothing, after which the run stops as a crash loop."""
 
     def __post_init__(self) -> None:
         require(bool(self.data), "data must be the URL of a dataset")
@@ -33,6 +33,11 @@ class JobConfig:
         require(
             self.gpus_per_worker in (0.0, 1.0),
             f"gpus_per_worker ({self.gpus_per_worker}) must be 0 or 1: a rank drives one device",
+        )
+        require(
+            self.train.data.decode_device == "cpu" or self.gpus_per_worker > 0,
+            f"data.decode_device ({self.train.data.decode_device!r}) needs a GPU a worker; "
+            "use --gpus-per-worker 1, or --data.decode-device cpu for a new run",
         )
         require(
             self.max_attempts_without_progress >= 1,

@@ -9,7 +9,8 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from types import FrameType
 from typing import Any
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.25
 _ABORT_S = 120.0
+_WAIT_TOLD_S = 30.0
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local Ray: no training data passes through Ray's object store."""
 
@@ -56,22 +58,49 @@ def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
         _StopSignals() as signals,
     ):
         relay = start_relay(job.max_attempts_without_progress)
-        fit = _Fit(_trainer(job, relay, scratch))
+        fit, workers = _Fit(_trainer(job, relay, scratch)), _WorkersAwaited(job)
         fit.start()
         running = True
         while running:
             fit.join(_POLL_S)
             running = fit.is_alive()
+            news = ray.get(relay.take.remote())
             if signals.take():
                 relay.request_stop.remote()
-                on_news(News(events=[{"event": "stopping", "signal": signals.name}]))
-            news = ray.get(relay.take.remote())
+                news.events.append({"event": "stopping", "signal": signals.name})
+            news.events += workers.look(news)
             on_news(news)
             if news.fatal is not None:
                 # Ray starts the workers once more, they are refused, and the fit ends in order.
                 fit.join(_ABORT_S)
                 raise RunFailedError(news.fatal)
         return fit.outcome()
+
+
+class _WorkersAwaited:
+    """Tells what the cluster lacks while no attempt begins: Ray waits for resources in silence, and for ever."""
+
+    def __init__(self, job: JobConfig) -> None:
+        self._need = {"CPU": job.num_workers * job.cpus_per_worker, "GPU": job.num_workers * job.gpus_per_worker}
+        self._next: float | None = time.monotonic() + _WAIT_TOLD_S
+
+    def look(self, news: News) -> list[dict[str, Any]]:
+        """A `waiting` event now and then, from the loss of an attempt to the beginning of the next."""
+        kinds = [event["event"] for event in news.events]
+        if "attempt" in kinds or news.records:
+            self._next = None
+        elif "error" in kinds:
+            self._next = time.monotonic() + _WAIT_TOLD_S
+        if self._next is None or time.monotonic() < self._next:
+            return []
+        self._next = time.monotonic() + _WAIT_TOLD_S
+        return [{"event": "waiting", "need": self._need, "have": _resources(self._need)}]
+
+
+def _resources(kinds: Iterable[str]) -> dict[str, float]:
+    """What the cluster has in all, in use or not."""
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return {kind: float(have.get(kind, 0.0)) for kind in kinds}
 
 
 class _RayOutput(io.TextIOBase):
@@ -119,7 +148,7 @@ def _trainer(job: JobConfig, relay: Any, scratch: str) -> TorchTrainer:
             use_gpu=gpu,
             resources_per_worker={"CPU": job.cpus_per_worker, **({"GPU": job.gpus_per_worker} if gpu else {})},
         ),
-        # Ray restarts the group as often as it takes; the relay ends a crash loop. Nothing of Ray's own
+        # Ray restarts the group as often as it takes; the relay refuses attempts in a crash loop. Nothing of Ray's own
         # checkpointing is used, so its storage is scratch.
         run_config=RunConfig(
             storage_path=scratch,
@@ -142,6 +171,14 @@ def _ray(job: JobConfig) -> Iterator[None]:
         options |= {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
         options["object_store_memory"] = _OBJECT_STORE_BYTES
     ray.init(address=address or "local", **options)
+    if address is None and job.gpus_per_worker:
+        have, need = _resources(["GPU"])["GPU"], job.num_workers * job.gpus_per_worker
+        if have < need:
+            ray.shutdown()
+            raise RunFailedError(
+                f"num_workers ({job.num_workers}) at gpus_per_worker {job.gpus_per_worker:g} needs {need:g} GPUs and "
+                f"this machine has {have:g}; use fewer workers, --gpus-per-worker 0, or a cluster (RAY_ADDRESS)"
+            )
     try:
         yield
     except KeyboardInterrupt:

@@ -7,12 +7,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.text import Text
 
 from cluster.relay import News
 
 _PLAIN_EVERY_S = 10.0
 """Where the console is a file or a pipe, a plain line this often."""
+
+
+_ERROR_CHARS = 160
 
 
 class RunProgress:
@@ -59,7 +63,12 @@ class RunProgress:
         if kind == "attempt":
             self._show_attempt(event)
         elif kind == "damage":
-            self._say(f"checkpoint damaged, walked past: {event['path']}: {event['reason']}", "yellow")
+            self._say(f"checkpoint damaged, walked past: {escape(event['path'])}: {escape(event['reason'])}", "yellow")
+        elif kind == "error":
+            self._say(f"a worker failed: {_first_line(event['error'])}", "yellow")
+        elif kind == "waiting":
+            need, have = (_amounts(event[side]) for side in ("need", "have"))
+            self._say(f"waiting for workers: they need {need}; the cluster has {have} in all", "yellow")
         elif kind == "stopping":
             self._say(f"{event['signal']}: saving a checkpoint, then stopping; once more to stop at once", "yellow")
 
@@ -91,6 +100,16 @@ class RunProgress:
             "left": _duration(left_s),
         }
         return Text.from_markup("  ".join(f"[dim]{name}[/dim] {value}" for name, value in cells.items()))
+
+
+def _first_line(error: str) -> str:
+    line = error.partition("\n")[0]
+    return escape(line if len(line) <= _ERROR_CHARS else f"{line[:_ERROR_CHARS]} ...")
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    """`2 CPU` or `2 CPU and 2 GPU`."""
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items() if amount or kind == "CPU")
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,21 +24,29 @@ class Relay:
         self._news = News()
         self._stop = False
         self._fatal: str | None = None
-        self._last_error = "the worker processes were killed"
-        self._starts: deque[int] = deque(maxlen=max_attempts_without_progress + 1)
+        self._max_idle = max_attempts_without_progress
+        self._num_idle = 0
+        self._furthest = -1
+        self._last_error: str | None = None
 
-    def begin(self, step: int) -> str | None:
-        """An attempt starts from `step`. Returns why it must not, or None.
+    def admit(self, committed: int | None) -> bool:
+        """Whether an attempt may begin: not after a fatal error, and not in a crash loop.
 
-        A crash loop is `max_attempts_without_progress` restarts in a row from one step.
+        A crash loop is `max_attempts_without_progress` attempts in a row that committed nothing newer, wherever they
+        failed.
+
+        Args:
+            committed: step of the newest checkpoint, 0 without one; None if the store did not say.
         """
-        self._starts.append(step)
-        if self._fatal is None and len(self._starts) == self._starts.maxlen and len(set(self._starts)) == 1:
-            self._fatal = (
-                f"crash loop: {len(self._starts)} attempts in a row started from step {step} and committed nothing; "
-                f"last error: {self._last_error}"
-            )
-        return self._fatal
+        if committed is not None and committed > self._furthest:
+            self._furthest, self._num_idle = committed, 0
+        self._num_idle += 1
+        if self._fatal is None and self._num_idle > self._max_idle:
+            step, error = max(self._furthest, 0), self._last_error or "the worker processes were killed"
+            what = f"{self._max_idle} attempts in a row committed nothing after step {step}"
+            self._fatal = f"crash loop: {what}; last error: {error}"
+        self._last_error = None
+        return self._fatal is None
 
     def push(self, record: dict[str, Any]) -> None:
         """Take a metrics record for the driver."""
@@ -50,10 +57,12 @@ class Relay:
         self._news.events.append(event)
 
     def note_error(self, error: str, fatal: bool) -> None:
-        """A worker raised. A fatal error is one that a restart cannot mend."""
-        self._last_error = error
+        """A worker raised. A fatal error is one that a restart cannot mend. Of an attempt, the first one is told."""
         if fatal and self._fatal is None:
             self._fatal = error
+        elif self._last_error is None:
+            self._last_error = error
+            self.announce({"event": "error", "error": error})
 
     def take(self) -> News:
         """All that came in since the last call."""

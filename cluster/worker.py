@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 
 from cluster.config import JobConfig
 from pipeline import Loader, open_dataset
-from pipeline.errors import ManifestError, ShardError
+from pipeline.errors import ManifestError, ShardError, StoreError
 from pipeline.store import Store
-from trainer.checkpoint import find_resume
+from trainer import parallel
+from trainer.checkpoint import find_resume, newest_step, set_aside
 from trainer.config import check_world, from_dict
-from trainer.errors import CheckpointError, TrainingError
+from trainer.errors import CheckpointError, PeerError, TrainingError
 from trainer.loop import train
 from trainer.metrics import EventLog, attempt_directory, next_attempt
 
@@ -44,6 +45,8 @@ def train_worker(payload: dict[str, Any]) -> str:
     relay = payload["relay"]
     try:
         return _train_rank(job, relay)
+    except PeerError:
+        raise  # the other rank tells why
     except Exception as error:
         ray.get(relay.note_error.remote(f"{type(error).__name__}: {error}", isinstance(error, _FATAL)))
         raise
@@ -53,19 +56,18 @@ def _train_rank(job: JobConfig, relay: Any) -> str:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     check_world(job.train, world_size)
+    run = Store(job.run, job.train.store)
+    if not parallel.from_rank_zero(lambda: ray.get(relay.admit.remote(_committed_step(run)))):
+        return REFUSED
     num_threads = max(1, int(job.cpus_per_worker))
     torch.set_num_threads(num_threads)
     device = ray.train.torch.get_device()
-    run = Store(job.run, job.train.data.store)
-    dataset = open_dataset(job.data, job.train.data.store)
+    dataset = open_dataset(job.data, job.train.store)
     damage: list[tuple[str, str]] = []
     commit = find_resume(run, lambda path, reason: damage.append((path, reason)))
     step = commit.step if commit else 0
-    attempt = _agree_attempt(run, relay, rank=rank, step=step)
-    if attempt is None:
-        return REFUSED
-    if rank == 0:
-        _tell(run, relay, damage, attempt=attempt, world_size=world_size, step=step)
+    begin = partial(_begin_attempt, run, relay, damage, world_size=world_size, step=step)
+    attempt = parallel.from_rank_zero(begin)
     data = job.train.data
     if data.num_decode_threads is None:
         data = dataclasses.replace(data, num_decode_threads=num_threads)
@@ -84,20 +86,22 @@ def _train_rank(job: JobConfig, relay: Any) -> str:
     return reason.value
 
 
-def _agree_attempt(run: Store, relay: Any, *, rank: int, step: int) -> int | None:
-    """The attempt's number, decided by rank 0; None if the driver counts a crash loop or has failed already."""
-    told: list[int | None] = [None]
-    if rank == 0 and ray.get(relay.begin.remote(step)) is None:
-        told = [next_attempt(run)]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+def _committed_step(run: Store) -> int | None:
+    """Of the newest checkpoint; None where the store does not answer, which is found out again, and told, later."""
+    try:
+        return newest_step(run) or 0
+    except StoreError:
+        return None
 
 
-def _tell(run: Store, relay: Any, damage: list[tuple[str, str]], *, attempt: int, world_size: int, step: int) -> None:
-    """Tell the driver where this attempt starts; tell it, and the run, which checkpoints were walked past."""
+def _begin_attempt(run: Store, relay: Any, damage: list[tuple[str, str]], *, world_size: int, step: int) -> int:
+    """On rank 0: number the attempt, set damaged checkpoints aside, and tell the run and the driver."""
+    attempt = next_attempt(run)
     events = EventLog(run.child(attempt_directory(attempt)))
-    for path, reason in damage:
-        events.add("damage", path=path, reason=reason)
-        relay.announce.remote({"event": "damage", "path": path, "reason": reason})
+    events.add_all({"event": "damage", "path": path, "reason": reason} for path, reason in damage)
     events.close()
+    set_aside(run, damage)
+    for path, reason in damage:
+        relay.announce.remote({"event": "damage", "path": path, "reason": reason})
     relay.announce.remote({"event": "attempt", "attempt": attempt, "world_size": world_size, "step": step})
+    return attempt

@@ -6,15 +6,31 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from cluster.cli import main
 from cluster.config import JobConfig
+from cluster.run_commands import PretrainOptions, job_of
+from pipeline import Loader, open_dataset
+from pipeline.config import AugmentConfig, DataConfig
 from pipeline.store import Store
+from trainer import recipes
+from trainer.config import OptimConfig, TrainConfig
+from trainer.loop import train
+from trainer.run_files import open_run
 
 TINY = [
     *("--data.global-batch-size", "8", "--data.num-lanes", "4", "--data.augment.image-size", "32", "32"),
     *("--data.augment.patch-size", "8", "--optim.num-steps", "2"),
 ]
+
+
+def tiny_config():
+    """What TINY's options make of the demo recipe, nearly."""
+    augment = AugmentConfig(image_size=(32, 32), patch_size=8)
+    data = DataConfig(global_batch_size=8, num_lanes=4, augment=augment)
+    return TrainConfig(data=data, model=recipes.get("demo").model, optim=OptimConfig(num_steps=2))
 
 
 @pytest.fixture
@@ -100,6 +116,61 @@ def test_a_file_that_is_no_image_stops_the_sharding_unless_allowed(capsys, photo
     assert reason in capsys.readouterr().err
 
 
+@pytest.fixture
+def run(dataset, tmp_path):
+    """A run of two steps, trained in this process."""
+    job = job_of(PretrainOptions(data=dataset, run=str(tmp_path / "run"), train=tiny_config()))
+    data, store = open_dataset(dataset), Store(job.run)
+    open_run(store, job.train, data.manifest.digest())
+    with Loader(data, job.train.data) as loader:
+        train(
+            job.train,
+            loader,
+            run=store,
+            num_samples=data.num_samples,
+            attempt=1,
+            device=torch.device("cpu"),
+            resume_from=None,
+            should_stop=lambda: False,
+            on_metrics=lambda record: None,
+        )
+    return job.run
+
+
+def test_the_pictures_of_a_run(run, dataset, capsys, tmp_path):
+    assert main(["curve", run, "--out", str(tmp_path / "loss.png")]) == 0
+    assert main(["reconstruct", run, "--data", dataset, "--out", str(tmp_path / "r.png"), "--num-samples", "3"]) == 0
+    assert "from step 2" in capsys.readouterr().out
+    with Image.open(tmp_path / "loss.png") as curve, Image.open(tmp_path / "r.png") as picture:
+        assert curve.width > 400
+        assert picture.height > 3 * 160  # three rows
+        assert len(picture.convert("RGB").getcolors(2**24)) > 1_000  # photographs, not blank cells
+
+
+def test_pictures_that_cannot_be_drawn(run, dataset, capsys, tmp_path):
+    absent = str(tmp_path / "absent")
+    fails(capsys, ["curve", run, "--out", f"{absent}/loss.png"], 2, "must be in a folder that exists")
+    fails(capsys, ["curve", run, "--out", tmp_path / "loss.jpg"], 2, "must be the name of a .png file")
+    fails(capsys, ["curve", absent, "--out", tmp_path / "loss.png"], 1, "has no metrics")
+    reconstruct = ["reconstruct", absent, "--data", dataset, "--out", tmp_path / "r.png"]
+    fails(capsys, reconstruct, 1, "is not a run")
+    fails(capsys, [*reconstruct, "--num-samples", "0"], 2, "--num-samples (0) must be at least 1")
+    for file in (Path(run) / "checkpoints").rglob("*.distcp"):
+        file.write_bytes(b"")
+    reconstruct[1] = run
+    fails(capsys, reconstruct, 1, "none verifies")
+    fails(capsys, ["inspect", dataset, "--grid", f"{absent}/g.png"], 2, "must be in a folder that exists")
+    fails(capsys, ["verify", dataset, "--num-threads", "0"], 2, "--num-threads (0) must be at least 1")
+    assert not (tmp_path / "r.png").exists()
+
+
+def test_mixed_decoding_needs_a_gpu_before_a_run_is_made(capsys, dataset, tmp_path):
+    run = tmp_path / "run"
+    command = ["pretrain", "mae_base_800ep", "--data", dataset, "--run", run]
+    fails(capsys, command, 2, "data.decode_device ('mixed') needs a GPU a worker", "--gpus-per-worker 1")
+    assert not run.exists()
+
+
 def test_an_empty_folder_and_a_missing_one(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     fails(capsys, ["shard", tmp_path / "empty", tmp_path / "d"], 1, "empty", "no image")
@@ -124,11 +195,6 @@ def test_a_dataset_without_manifest_and_a_truncated_shard(capsys, dataset, tmp_p
 
 
 def test_a_run_of_another_recipe_is_refused_with_what_differs(capsys, dataset, tmp_path):
-    from cluster.commands import PretrainOptions, job_of
-    from pipeline import open_dataset
-    from trainer import recipes
-    from trainer.run_files import open_run
-
     run = tmp_path / "run"
     job = job_of(PretrainOptions(data=dataset, run=str(run), train=recipes.get("demo")))
     assert isinstance(job, JobConfig)

@@ -11,26 +11,34 @@ def test_news_is_taken_once_and_a_fatal_error_stays():
     assert news.records == [{"step": 1}]
     assert news.events == [{"event": "attempt"}]
     assert news.fatal is None
-    relay.note_error("connection reset", fatal=False)
-    assert relay.take().fatal is None
+    relay.note_error("RuntimeError: connection reset", fatal=False)
+    relay.note_error("RuntimeError: collateral", fatal=False)
+    news = relay.take()
+    assert news.fatal is None
+    assert news.events == [{"event": "error", "error": "RuntimeError: connection reset"}]
     relay.note_error("ShardError: a", fatal=True)
     relay.note_error("RuntimeError: collateral", fatal=False)
     assert relay.take().fatal == "ShardError: a"
     assert relay.take().fatal == "ShardError: a"
-    assert relay.begin(0) == "ShardError: a"
+    assert not relay.admit(80)
 
 
-def test_restarts_from_one_step_without_progress_are_a_crash_loop():
+def test_attempts_without_progress_are_a_crash_loop():
     relay = Relay(2)
-    assert relay.begin(0) is None
-    assert relay.begin(0) is None
-    assert relay.begin(40) is None  # progress in between starts the count anew
-    assert relay.begin(40) is None
+    for committed in (0, 0, 40, 40):  # progress in between starts the count anew
+        assert relay.admit(committed)
     relay.note_error("OSError: no space", fatal=False)
-    reason = relay.begin(40)
+    assert not relay.admit(40)
+    reason = relay.take().fatal
     assert reason is not None
-    assert "3 attempts in a row started from step 40" in reason
+    assert "2 attempts in a row committed nothing after step 40" in reason
     assert "no space" in reason
+
+
+def test_attempts_that_never_reach_the_store_are_a_crash_loop_too():
+    relay = Relay(3)
+    assert [relay.admit(None) for _ in range(4)] == [True, True, True, False]
+    assert "committed nothing after step 0" in str(relay.take().fatal)
 
 
 def test_a_stop_request_is_remembered():

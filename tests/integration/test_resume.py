@@ -151,8 +151,15 @@ def test_a_killed_worker_and_a_killed_driver_leave_no_trace_in_the_result(cluste
 
 
 def test_another_world_size_trains_on_the_same_samples_with_the_same_losses(cluster, dataset, undisturbed, tmp_path):
+    """Two workers, killed on the way; one worker to the end. The first launch is given relative paths."""
     run = str(tmp_path / "run")
+    driver = Driver(cluster, os.path.relpath(dataset), os.path.relpath(run))
+    driver.wait_for_step(10)
+    driver.process.kill()
+    driver.finish()
     finished(cluster, dataset, run, num_workers=1)
+    worlds = [event["world_size"] for event in read_events(Store(run)) if event["event"] == "start"]
+    assert worlds == [2, 1]
     before, after = read_metrics(Store(undisturbed)), read_metrics(Store(run))
     assert [r["sample_ids_digest"] for r in before] == [r["sample_ids_digest"] for r in after]
     assert [r["loss"] for r in after] == pytest.approx([r["loss"] for r in before], abs=1e-4)

@@ -1,0 +1,62 @@
+"""What the commands of `tarmac` share: parsing, checks of values, and how an answer is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+Options = TypeVar("Options")
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be."""
+
+
+class CommandError(Exception):
+    """A command ran and failed."""
+
+
+def parse(kind: type[Options], arguments: list[str], name: str, default: Any = None) -> Options:
+    """The options of one command; a wrong one ends the process with 2 and tyro's explanation."""
+    extra = {} if default is None else {"default": default}
+    options: Options = tyro.cli(kind, args=arguments, prog=f"tarmac {name}", **extra)
+    return options
+
+
+def check_at_least(options: Any, **bounds: int) -> None:
+    """Raise UsageError if an option is below its bound."""
+    for name, least in bounds.items():
+        value = getattr(options, name)
+        if value < least:
+            raise UsageError(f"--{name.replace('_', '-')} ({value}) must be at least {least}")
+
+
+def check_png(name: str, path: Path) -> None:
+    """Before the work, not after it: whether a picture can be written there."""
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--{name} ({path}) must be the name of a .png file")
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"--{name} ({path}) must be in a folder that exists; make {path.resolve().parent}")
+
+
+def say(console: Console, message: str) -> None:
+    """A line as it is: not wrapped, so that paths and URLs stay whole."""
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def report(numbers: dict[str, Any], as_json: bool) -> None:
+    """Print named numbers, as JSON or as a table."""
+    if as_json:
+        json.dump(numbers, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in numbers.items():
+        table.add_row(f"[dim]{name}[/dim]", f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table, highlight=False)

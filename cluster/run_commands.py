@@ -1,0 +1,203 @@
+"""The commands that make a run and show what came of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+
+from cluster.config import JobConfig
+from cluster.options import CommandError, UsageError, check_at_least, check_png, parse, say
+from trainer import recipes
+from trainer.config import TrainConfig, check_world, num_steps
+
+if TYPE_CHECKING:
+    from pipeline.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions:
+    """Pretrain a masked autoencoder, here, on a local Ray or on the cluster of RAY_ADDRESS.
+
+    The same command again goes on from the newest checkpoint that verifies. SIGTERM or Ctrl-C saves a checkpoint,
+    stops, and exits with 75.
+
+    Example: tarmac pretrain mae_base_800ep --data s3://bucket/imagenet/train --run s3://bucket/runs/b \\
+        --num-workers 8 --gpus-per-worker 1
+    """
+
+    data: str
+    """URL of a sharded dataset."""
+    run: str
+    """URL of the run."""
+    num_workers: int = 1
+    """Ray Train workers, one rank each."""
+    cpus_per_worker: float = 1.0
+    """CPUs a worker reserves and uses."""
+    gpus_per_worker: float = 0.0
+    """1 trains on CUDA with nccl, 0 on CPUs with gloo."""
+    max_attempts_without_progress: int = 3
+    """Restarts in a row that committed nothing, after which the run stops as a crash loop."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """The recipe, field by field."""
+
+
+def pretrain(arguments: list[str]) -> int:
+    """Pretrain a masked autoencoder; the same command again resumes."""
+    recipe, arguments = _take_recipe(arguments)
+    default = PretrainOptions(data=tyro.MISSING, run=tyro.MISSING, train=recipes.get(recipe))
+    options = parse(PretrainOptions, arguments, f"pretrain {recipe}", default)
+    return _train(job_of(options))
+
+
+def job_of(options: PretrainOptions) -> JobConfig:
+    """The job that a command line asks for, its paths made absolute: workers run in a folder of Ray's.
+
+    Raises:
+        UsageError: the config refuses it.
+    """
+    from pipeline.store import Store
+
+    values = {name: getattr(options, name) for name in PretrainOptions.__dataclass_fields__}
+    try:
+        values |= {name: Store(values[name]).url for name in ("data", "run")}
+        job = JobConfig(**values)
+        check_world(job.train, job.num_workers)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return job
+
+
+def _train(job: JobConfig) -> int:
+    from cluster.launch import RunFailedError, launch
+    from cluster.progress import RunProgress
+    from pipeline import open_dataset
+    from pipeline.store import Store
+    from trainer.checkpoint import newest_step
+    from trainer.errors import RunMismatchError
+    from trainer.loop import StopReason
+    from trainer.run_files import open_run
+
+    console = Console(file=sys.stdout)  # this very stream: `launch` redirects sys.stdout, where Ray prints
+    dataset = open_dataset(job.data, job.train.store)
+    dataset.check_sizes()
+    run = Store(job.run, job.train.store)
+    run.check_writable()
+    try:
+        open_run(run, job.train, dataset.manifest.digest())
+    except RunMismatchError as error:
+        raise UsageError(str(error)) from error
+    total = num_steps(job.train, dataset.num_samples)
+    if _is_finished(run, total):
+        say(console, f"finished: {job.run} is at step {total} of {total}")
+        return 0
+    try:
+        with RunProgress(console, total) as progress:
+            reason = launch(job, on_news=progress.show)
+    except RunFailedError as error:
+        raise CommandError(str(error)) from error
+    if reason is StopReason.FINISHED:
+        say(console, f"finished: {job.run} is at step {total} of {total}")
+        return 0
+    say(console, f"stopped at step {newest_step(run)} of {total}; the same command goes on")
+    return 75
+
+
+def _is_finished(run: Store, total: int) -> bool:
+    """Whether the run's last checkpoint is there and verifies; damage is left to the workers to report."""
+    from trainer.checkpoint import find_resume, newest_step
+
+    if newest_step(run) != total:
+        return False
+    commit = find_resume(run, lambda path, reason: None)
+    return commit is not None and commit.step == total
+
+
+def _take_recipe(arguments: list[str]) -> tuple[str, list[str]]:
+    """The recipe, and the arguments after it. `--help` in its place lists the recipes and ends the process."""
+    known = ", ".join(recipes.names())
+    if arguments and arguments[0] in ("-h", "--help"):
+        console = Console()
+        say(console, "usage: tarmac pretrain RECIPE --data DATASET --run RUN [--num-workers N] [field overrides]\n")
+        say(console, f"{PretrainOptions.__doc__}\nRecipes:")
+        for name in recipes.names():
+            say(console, f"  {name:<20} {recipes.summary(name)}")
+        say(console, "\ntarmac pretrain RECIPE --help lists every field, with the recipe's values.")
+        raise SystemExit(0)
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError(f"pretrain needs a recipe first; known are {known}")
+    if arguments[0] not in recipes.names():
+        raise UsageError(f"unknown recipe {arguments[0]!r}; known are {known}")
+    return arguments[0], arguments[1:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructOptions:
+    """Draw what a run's model makes of masked images: masked, reconstruction, original.
+
+    Example: tarmac reconstruct s3://bucket/runs/b --data s3://bucket/imagenet/val --out reconstruction.png
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """URL of the run; its newest checkpoint that verifies is used."""
+    data: str
+    """URL of the dataset whose images are drawn."""
+    out: Path
+    """The PNG file to write."""
+    num_samples: int = 8
+    """Images, a row each."""
+    seed: int = 0
+    """Of the choice of images and masks."""
+
+
+def reconstruct(arguments: list[str]) -> int:
+    """Draw masked images, their reconstructions and the originals."""
+    options = parse(ReconstructOptions, arguments, "reconstruct")
+    check_png("out", options.out)
+    from pipeline import Loader, open_dataset
+    from trainer.evaluate.reconstruct import draw_reconstructions, whole_image_config
+    from trainer.evaluate.trained import load_trained
+
+    check_at_least(options, num_samples=1, seed=0)
+    trained = load_trained(options.run)
+    data = whole_image_config(trained.config.data, options.num_samples, options.seed)
+    with Loader(open_dataset(options.data), data) as loader:
+        batch = next(loader)
+    picture = draw_reconstructions(trained.model, data.augment, batch.images, batch.kept_ids, batch.masked_ids)
+    picture.save(options.out)
+    say(Console(), f"drew {options.out} from step {trained.commit.step}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveOptions:
+    """Draw a run's loss and learning rate over its steps, with its restarts.
+
+    Example: tarmac curve s3://bucket/runs/b --out loss.png
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """URL of the run."""
+    out: Path
+    """The PNG file to write."""
+
+
+def curve(arguments: list[str]) -> int:
+    """Draw a run's loss curve."""
+    options = parse(CurveOptions, arguments, "curve")
+    check_png("out", options.out)
+    from pipeline.store import Store
+    from trainer.curve import draw_loss_curve
+    from trainer.metrics import read_events, read_metrics
+
+    run = Store(options.run)
+    records = read_metrics(run)
+    if not records:
+        raise CommandError(f"{options.run} has no metrics; is it the URL of a run that has trained a step?")
+    draw_loss_curve(records, read_events(run), options.out)
+    say(Console(), f"drew {options.out} from {len(records)} steps")
+    return 0

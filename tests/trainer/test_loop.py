@@ -108,6 +108,7 @@ def test_accumulation_changes_nothing(tmp_path: Path, world_size: int) -> None:
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32(tmp_path: Path) -> None:
     urls = {precision: str(tmp_path / precision) for precision in ("fp32", "bf16")}
     for precision, url in urls.items():
@@ -178,6 +179,7 @@ def test_events_tell_the_story_of_the_run(tmp_path: Path) -> None:
     assert [event["time"] for event in events] == sorted(event["time"] for event in events)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_newest_checkpoint_that_holds(tmp_path: Path) -> None:
     config = tiny_config(every_steps=2)
     train_attempt(str(tmp_path), config, stop_at=4)

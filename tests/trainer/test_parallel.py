@@ -16,6 +16,7 @@ from trainer.errors import PeerError
 from trainer.mae import build_mae
 
 
+@pytest.mark.slow
 def test_decisions_are_the_same_on_every_rank() -> None:
     for rank, decided in enumerate(run_ranks(_decide, 3)):
         assert decided == {
@@ -42,6 +43,7 @@ def _decide() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_rank_is_a_failure_on_all() -> None:
     for rank, errors in enumerate(run_ranks(_fail, 2)):
         own, peers = "LookupError: not here", "PeerError: rank {}: LookupError: not here"

@@ -21,6 +21,7 @@ DONE, FAILED, WRONG_USE, PREEMPTED = 0, 1, 2, 75
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "shard": dataset_commands.shard,
+    "index": dataset_commands.index,
     "verify": dataset_commands.verify,
     "inspect": dataset_commands.inspect,
     "pretrain": run_commands.pretrain,

@@ -6,13 +6,16 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.options import check_at_least, check_png, parse, report, say
+
+if TYPE_CHECKING:
+    from pipeline.manifest import Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class ShardOptions:
     """
 
     source: Annotated[str, tyro.conf.Positional]
-    """An image folder (class/name.jpg), a flat folder of images, or a tar of images; a path or a URL."""
+    """A folder of images (class/name.jpg, or flat), tars (of images, WebDataset, ImageNet) or parquet files, or one."""
     dataset: Annotated[str, tyro.conf.Positional]
     """URL of the dataset to make."""
     shard_bytes: int = 256 * 2**20
@@ -37,6 +40,12 @@ class ShardOptions:
     """Processes that read, check and write; by default one a CPU."""
     max_bad: int = 0
     """Unreadable images that are left out before it is an error."""
+    max_side: int | None = None
+    """Make images with a longer side than this, in pixels, smaller, and encode them anew."""
+    labels: str | None = None
+    """A text file of labels: one a line in the order of the images' names, or `name label` lines."""
+    classes: str | None = None
+    """A text file of class names, one a line in the order of the labels; for labels that are numbers."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -48,7 +57,9 @@ def shard(arguments: list[str]) -> int:
     from pipeline.write import ShardDone, write_dataset
 
     check_at_least(options, shard_bytes=1, num_workers=1, max_bad=0, seed=0)
-    source = open_source(options.source)
+    if options.max_side is not None:
+        check_at_least(options, max_side=1)
+    source = open_source(options.source, labels=options.labels, classes=options.classes)
     console = Console(stderr=True)
     resumed = 0
     with _progress(console, "sharding") as progress:
@@ -70,22 +81,80 @@ def shard(arguments: list[str]) -> int:
             shard_bytes=options.shard_bytes,
             num_workers=options.num_workers,
             max_bad=options.max_bad,
+            max_side=options.max_side,
             on_progress=on_progress,
         )
+    _report_dataset(console, options.dataset, manifest, resumed, options.json)
+    return 0
+
+
+def _report_dataset(console: Console, url: str, manifest: Manifest, num_resumed: int, as_json: bool) -> None:
+    """What was left out, and what the dataset holds."""
     for bad in manifest.bad_samples:
         say(console, f"left out: {bad.key}: {bad.reason}")
     summary = {
-        "dataset": options.dataset,
+        "dataset": url,
         "num_samples": manifest.num_samples,
         "num_bytes": manifest.num_bytes,
         "num_shards": len(manifest.shards),
-        "num_shards_resumed": resumed,
+        "num_shards_resumed": num_resumed,
         "num_classes": len(manifest.classes or ()),
         "num_bad": len(manifest.bad_samples),
         "num_ignored_files": manifest.settings["num_ignored_files"],
         "ignored_extensions": manifest.settings["ignored_extensions"],
     }
-    report(summary, options.json)
+    report(summary, as_json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """Make a dataset of WebDataset tars that somebody else wrote, where they are.
+
+    Reads each tar once, and adds indexes and a manifest beside the tars; these are neither copied nor changed. Killed
+    and run again it finishes, without reading finished tars again.
+
+    Example: tarmac index s3://bucket/laion-tars --max-bad 100
+    """
+
+    dataset: Annotated[str, tyro.conf.Positional]
+    """URL of the folder with the tars."""
+    classes: str | None = None
+    """A text file of class names, one a line in the order of the labels."""
+    num_workers: int = 8
+    """Tars that are read at once."""
+    max_bad: int = 0
+    """Unreadable images that are left out of the index before it is an error."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def index(arguments: list[str]) -> int:
+    """Make a dataset of tars that somebody else wrote, in place."""
+    options = parse(IndexOptions, arguments, "index")
+    from pipeline.index_dataset import TarIndexed, index_dataset
+
+    check_at_least(options, num_workers=1, max_bad=0)
+    console = Console(stderr=True)
+    resumed = num_bytes = 0
+    with _progress(console, "indexing") as progress:
+        task = progress.add_task("tars", total=None, megabytes_per_s=0.0)
+
+        def on_progress(done: TarIndexed) -> None:
+            nonlocal num_bytes, resumed
+            resumed += done.resumed
+            num_bytes += 0 if done.resumed else done.num_bytes
+            speed = num_bytes / 1e6 / max(progress.tasks[0].elapsed or 0.0, 0.1)
+            progress.update(task, total=done.num_tars, megabytes_per_s=speed)
+            progress.advance(task)
+
+        manifest = index_dataset(
+            options.dataset,
+            classes=options.classes,
+            num_workers=options.num_workers,
+            max_bad=options.max_bad,
+            on_progress=on_progress,
+        )
+    _report_dataset(console, options.dataset, manifest, resumed, options.json)
     return 0
 
 

@@ -6,7 +6,9 @@ import io
 import re
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -21,6 +23,7 @@ _READ_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _KEPT_MODES = ("RGB", "L")
 _16_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_Result = TypeVar("_Result")
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
 
 
@@ -39,7 +42,7 @@ class StoredImage:
     converted: bool
 
 
-def prepare_image(data: bytes) -> StoredImage:
+def prepare_image(data: bytes, max_side: int | None = None) -> StoredImage:
     """Decode an image fully, to prove it whole, and choose what is stored of it.
 
     RGB and 8-bit grey JPEG, PNG and WebP are stored as they are, 16-bit RGB PNG and animated PNG (of which decoders
@@ -47,9 +50,30 @@ def prepare_image(data: bytes) -> StoredImage:
     pixels, alpha, animated WebP and GIF (their first frame), BMP, TIFF (its first page) and GIF. 16-bit grey is scaled
     to 8 bits; alpha is dropped, not blended, as the usual `convert("RGB")` of image-folder loaders does.
 
+    Args:
+        data: the file.
+        max_side: in pixels. An image with a longer side is made smaller until that has this length, and stored as a
+            JPEG of quality 95 if it was a JPEG, otherwise as PNG. The same image gives the same bytes.
+
     Raises:
         BadImageError: the bytes are no image, or a damaged, too large or unsupported one.
     """
+    return _explained(data, lambda data: _prepare(data, max_side))
+
+
+def measure_image(data: bytes) -> tuple[int, int]:
+    """Height and width of an image that stays where it is, from its header; without EXIF rotation.
+
+    Its pixels are not decoded, but it is refused where its end is missing, or where decoders disagree about it.
+
+    Raises:
+        BadImageError: the bytes are no image, or a cut off, too large or unsupported one.
+    """
+    return _explained(data, _measure)
+
+
+def _explained(data: bytes, work: Callable[[bytes], _Result]) -> _Result:
+    """Call `work`; whatever it trips over becomes a BadImageError."""
     if not data:
         raise BadImageError("the file is empty")
     if len(data) > MAX_IMAGE_BYTES:
@@ -57,7 +81,7 @@ def prepare_image(data: bytes) -> StoredImage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata is not our concern; sizes are checked here
-            return _prepare(data)
+            return work(data)
     except UnidentifiedImageError as error:
         raise BadImageError("the content is no JPEG, PNG, WebP, BMP, TIFF or GIF image") from error
     except BadImageError:
@@ -68,17 +92,17 @@ def prepare_image(data: bytes) -> StoredImage:
         raise BadImageError(f"cannot be decoded: {reason}") from error
 
 
-def _prepare(data: bytes) -> StoredImage:
+def _prepare(data: bytes, max_side: int | None) -> StoredImage:
     with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
-        width, height = image.size
-        if width * height > MAX_IMAGE_PIXELS:
-            raise BadImageError(f"{width} x {height} pixels are more than an image may have ({MAX_IMAGE_PIXELS})")
+        width, height = _checked_size(image)
         image_format = image.format or ""
         animated_webp = image_format == "WEBP" and getattr(image, "n_frames", 1) > 1
         image.load()
         if image_format == "PNG":
             _check_png(data)
         extension = _KEPT_FORMATS.get(image_format)
+        if max_side is not None and max(width, height) > max_side:
+            return _resized(image, max_side, "JPEG" if image_format in ("JPEG", "MPO") else "PNG")
         if extension is not None and image.mode in _KEPT_MODES and not animated_webp:
             return StoredImage(data, extension, height, width, converted=False)
         rgb = _to_rgb(image)
@@ -86,6 +110,44 @@ def _prepare(data: bytes) -> StoredImage:
     buffer = io.BytesIO()
     rgb.save(buffer, "PNG")
     return StoredImage(buffer.getvalue(), "png", rgb.height, rgb.width, converted=True)
+
+
+def _measure(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
+        width, height = _checked_size(image)
+        image_format, mode = image.format, image.mode
+    if image_format == "GIF" or mode in (*_16_BIT_MODES, "I", "F"):
+        raise BadImageError(
+            f"{image_format} images with {mode} pixels cannot be trained on in place; `tarmac shard` converts most"
+        )
+    if image_format == "PNG":
+        _check_png(data)
+    # Between a start of scan and an end of image no such pair of bytes can be: data bytes of FF are stuffed with 00.
+    if image_format in ("JPEG", "MPO") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise BadImageError("the JPEG is cut off: it has no end of image")
+    if image_format == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise BadImageError("the WebP is cut off")
+    return height, width
+
+
+def _checked_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise BadImageError(f"{width} x {height} pixels are more than an image may have ({MAX_IMAGE_PIXELS})")
+    return width, height
+
+
+def _resized(image: Image.Image, max_side: int, image_format: str) -> StoredImage:
+    kept_mode = image.mode in _KEPT_MODES
+    # Of what the file says beside its pixels, only how to read their colours: a rotation stays undone, as everywhere.
+    options = {"icc_profile": image.info.get("icc_profile")} if kept_mode else {}
+    scale = max_side / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    small = (image if kept_mode else _to_rgb(image)).resize(size, Image.Resampling.LANCZOS)
+    small.info.clear()
+    buffer = io.BytesIO()
+    small.save(buffer, image_format, **options | ({"quality": 95} if image_format == "JPEG" else {}))
+    return StoredImage(buffer.getvalue(), _KEPT_FORMATS[image_format], small.height, small.width, converted=True)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -30,9 +30,12 @@ class SampleRef:
     Args:
         key: its name in the dataset, tar-safe and unique: letters, digits and `_-/%=`.
         path: its path in the source.
-        num_bytes: its length.
+        num_bytes: its length; about, where it is a row of a table.
         label: position in the listing's classes; -1 where there are none.
         offset: first byte in the archive; 0 for a file of its own, negative where there is nothing to read.
+            In a table, its row in the row group.
+        archive: the path of the archive that `path` lies in, where a source has several.
+        group: the row group, in a table; -1 elsewhere.
     """
 
     key: str
@@ -40,6 +43,15 @@ class SampleRef:
     num_bytes: int
     label: int
     offset: int = 0
+    archive: str = ""
+    group: int = -1
+
+    @property
+    def where(self) -> str:
+        """The archive and the path in it, fit for a message."""
+        if self.group >= 0:
+            return printable(f"{self.archive}, row {self.offset} of row group {self.group}")
+        return printable(f"{self.archive}/{self.path}" if self.archive else self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +76,16 @@ class Listing:
 
 
 class SourceFile(NamedTuple):
-    """A file of a source, by its path there. A path that ends in `/.` is a pipe or a device."""
+    """A file of a source, by its path there, or in one of its archives; `text` is what a `.cls` in a tar holds.
+
+    A path that ends in `/.` is a pipe or a device.
+    """
 
     path: str
     num_bytes: int
     offset: int = 0
+    text: bytes = b""
+    archive: str = ""
 
 
 def list_images(files: Iterable[SourceFile], where: str) -> Listing:
@@ -82,7 +99,7 @@ def list_images(files: Iterable[SourceFile], where: str) -> Listing:
         if is_image(file.path):
             images.append(file)
         else:
-            ignored[_ignored_kind(file.path)] += 1
+            ignored[ignored_kind(file.path)] += 1
     if not images:
         raise SourceError(
             f"{where} holds no images ({ignored.total()} other files); give a folder or a tar with "
@@ -101,12 +118,19 @@ def list_images(files: Iterable[SourceFile], where: str) -> Listing:
         )
     names = sorted({folder for folder in folders if folder is not None})
     labels = {name: label for label, name in enumerate(names)}
-    keys = sample_keys([image.path[skip:] for image in images])
-    refs = tuple(
-        SampleRef(key, image.path, image.num_bytes, -1 if folder is None else labels[folder], image.offset)
-        for key, image, folder in zip(keys, images, folders, strict=True)
+    refs = sample_refs(images, [-1 if folder is None else labels[folder] for folder in folders], skip)
+    return Listing(refs, tuple(printable(name) for name in names) or None, most_common(ignored))
+
+
+def sample_refs(images: list[SourceFile], labels: list[int], skip: int = 0) -> tuple[SampleRef, ...]:
+    """Name the samples by their paths, less `skip` characters; by their archive too where paths occur twice."""
+    paths = [image.path[skip:] for image in images]
+    if len(set(paths)) < len(paths):
+        paths = [f"{os.path.splitext(image.archive)[0]}/{path}" for image, path in zip(images, paths, strict=True)]
+    return tuple(
+        SampleRef(key, image.path, image.num_bytes, label, image.offset, image.archive)
+        for key, image, label in zip(sample_keys(paths), images, labels, strict=True)
     )
-    return Listing(refs, tuple(printable(name) for name in names) or None, _most_common(ignored))
 
 
 def printable(path: str) -> str:
@@ -116,21 +140,22 @@ def printable(path: str) -> str:
 
 def is_image(path: str) -> bool:
     """Whether a file is a candidate: by its extension, and neither it nor a folder above it is hidden."""
-    return not _is_hidden(path) and os.path.splitext(path)[1][1:].lower() in IMAGE_EXTENSIONS
+    return not is_hidden(path) and os.path.splitext(path)[1][1:].lower() in IMAGE_EXTENSIONS
 
 
-def _is_hidden(path: str) -> bool:
+def is_hidden(path: str) -> bool:
+    """Whether the file or a folder above it has a name that starts with a dot."""
     return any(part.startswith(".") for part in path.split("/"))
 
 
-def _ignored_kind(path: str) -> str:
+def ignored_kind(path: str) -> str:
     """What a file that is no image is counted under."""
     if path.endswith("/."):
         return "(special)"
-    return "(hidden)" if _is_hidden(path) else printable(os.path.splitext(path)[1][1:].lower()) or "(none)"
+    return "(hidden)" if is_hidden(path) else printable(os.path.splitext(path)[1][1:].lower()) or "(none)"
 
 
-def _most_common(ignored: Counter[str]) -> dict[str, int]:
+def most_common(ignored: Counter[str]) -> dict[str, int]:
     """The most frequent kinds, and the rest as `(other)`; in the order of their names, the same each time."""
     ranked = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
     kept = dict(sorted(ranked[:MAX_IGNORED_KINDS]))

@@ -25,7 +25,8 @@ FORMAT_VERSION = 1
 UNLABELLED = -1
 
 _METADATA_KEY = b"tarmac"
-_SHARD_NAME = re.compile(r"shard-\d{6,}")
+# `tarmac shard` writes shard-000000 and so on; `tarmac index` keeps the names that there are.
+_SHARD_NAME = re.compile(r"(?!index/|\.)[^/\x00-\x1f]+(/(?!\.)[^/\x00-\x1f]+)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COLUMNS = {
     "offset": np.int64,
@@ -119,7 +120,7 @@ def _check(manifest: Manifest) -> None:
     seen: set[str] = set()
     for shard in manifest.shards:
         if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
-            raise ManifestError(f"shard name {shard.name!r} must look like 'shard-000000'")
+            raise ManifestError(f"shard name {shard.name!r} must look like 'shard-000000' or 'folder/name'")
         if shard.name in seen:
             raise ManifestError(f"{shard.name} is listed twice")
         seen.add(shard.name)

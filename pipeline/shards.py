@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.errors import ManifestError, ShardError
 from pipeline.images import MAX_IMAGE_BYTES, BadImageError, StoredImage, prepare_image
-from pipeline.listing import SampleRef, printable
+from pipeline.listing import SampleRef
 from pipeline.manifest import (
     BadSample,
     ShardIndex,
@@ -79,7 +79,7 @@ def another_plan_error(store: Store, path: str) -> ManifestError:
     """What to raise where a shard of another plan is."""
     return ManifestError(
         f"{store}/{path} belongs to an unfinished dataset of other images or with other settings (seed, "
-        f"shard_bytes); use another URL, or remove it first"
+        f"shard_bytes, max_side); use another URL, or remove it first"
     )
 
 
@@ -91,6 +91,7 @@ class ShardWriter:
     store: Store
     plan_digest: str
     max_bad: int
+    max_side: int | None = None
 
     def run(self, task: ShardTask, stop: Flag) -> ShardResult:
         """Write a shard, or recognise that it is there.
@@ -135,9 +136,9 @@ class ShardWriter:
                     if stop.is_set():
                         raise StoppedError
                     try:
-                        rows.add(tar, ref, _prepare(ref, data))
+                        rows.add(tar, ref, _prepare(ref, data, self.max_side))
                     except BadImageError as error:
-                        bad.append(BadSample(printable(ref.path), str(error)))
+                        bad.append(BadSample(ref.where, str(error)))
                         if len(bad) > self.max_bad:
                             raise _AbandonedError from error
                 if not rows.keys:
@@ -186,12 +187,12 @@ def _read(source: Source, ref: SampleRef) -> bytes | OSError:
         return error
 
 
-def _prepare(ref: SampleRef, data: bytes | OSError) -> StoredImage:
+def _prepare(ref: SampleRef, data: bytes | OSError, max_side: int | None) -> StoredImage:
     if isinstance(data, OSError):
         raise BadImageError(f"cannot be read: {data.strerror or data}") from data
-    if len(data) != ref.num_bytes:
+    if len(data) != ref.num_bytes and ref.group < 0:
         raise BadImageError(f"has {len(data)} bytes now, but had {ref.num_bytes} when it was listed")
-    return prepare_image(data)
+    return prepare_image(data, max_side)
 
 
 class TarWriter:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
-import io
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 from pipeline.errors import SourceError
 from pipeline.listing import SourceFile
+from pipeline.ranged_file import RangedFile
 from pipeline.store import Store
 
 # Instead of an offset, where there are no bytes to read.
 NO_TARGET, SPARSE = -1, -2
+
+# A label is a number or a name.
+MAX_LABEL_BYTES = 1024
 
 _TAR_BLOCK = 512
 _MAX_LINKS = 40
@@ -26,6 +29,7 @@ _REASONS = {
 class _Content(NamedTuple):
     num_bytes: int
     offset: int
+    text: bytes = b""
 
 
 class _Special(NamedTuple):
@@ -47,42 +51,58 @@ def unreadable(offset: int) -> OSError | None:
     return OSError(*_REASONS[offset]) if offset in _REASONS else None
 
 
-def tar_members(store: Store, name: str, block_bytes: int) -> Iterator[SourceFile]:
+def tar_members(store: Store, name: str, block_bytes: int, begin: int = 0) -> Iterator[SourceFile]:
     """The files in the tar `name`, by one pass over its headers, read `block_bytes` at a time.
 
     Links within the tar are followed, round no circles, and hidden folders skipped, as in a folder. A link that leads
     nowhere, or out of the tar, gives a file of 0 bytes at the offset NO_TARGET; a sparse file is at SPARSE.
+
+    Args:
+        store: where the tar is.
+        name: its path there.
+        block_bytes: what is read at a time.
+        begin: where it starts, if it lies inside of another one.
 
     Raises:
         SourceError: it is not a whole uncompressed tar.
         StoreError: the store does not answer or refuses us.
     """
     top: _Folder = {}
-    stream = _RangedFile(store, name, block_bytes)
+    stream = RangedFile(store, name, block_bytes)
+    stream.seek(begin)
     num_files = 0
     try:
-        with tarfile.open(fileobj=cast("io.BytesIO", stream), mode="r:") as tar:
+        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or a million headers stay in memory
-                _add(top, member)
+                _add(top, member, _label_text(stream, member))
                 num_files += not member.isdir()
             end = tar.offset
         stream.seek(end)
         if any(stream.read(_TAR_BLOCK)):
             raise tarfile.ReadError("bad header")
     except tarfile.TarError as error:
+        inner = f", in the tar at byte {begin}" if begin else ""
         raise SourceError(
-            f"{store}/{name} is not a whole uncompressed tar: {error}, after {num_files} files; copy it anew, or "
-            f"unpack what it holds into a folder"
+            f"{store}/{name} is not a whole uncompressed tar: {error}, after {num_files} files{inner}; copy it anew, "
+            f"or unpack what it holds into a folder"
         ) from error
     return _walk((top,), "", ())
+
+
+def _label_text(stream: RangedFile, member: tarfile.TarInfo) -> bytes:
+    """What a `.cls` holds, which lies in the block that its header came with. It is read to one byte too many."""
+    if not (member.name.endswith(".cls") and member.isreg() and not member.issparse()):
+        return b""
+    stream.seek(member.offset_data)
+    return stream.read(min(member.size, MAX_LABEL_BYTES + 1))
 
 
 def _parts(path: str) -> list[str]:
     return [part for part in path.split("/") if part not in ("", ".")]
 
 
-def _add(top: _Folder, member: tarfile.TarInfo) -> None:
+def _add(top: _Folder, member: tarfile.TarInfo, text: bytes) -> None:
     """Put a member where unpacking it would."""
     *folders, name = _parts(member.name) or [""]
     if not name:  # the folder that was packed
@@ -103,7 +123,7 @@ def _add(top: _Folder, member: tarfile.TarInfo) -> None:
     elif member.issparse():
         folder[name] = _Content(0, SPARSE)
     else:
-        folder[name] = _Content(member.size, member.offset_data) if member.isreg() else _Special()
+        folder[name] = _Content(member.size, member.offset_data, text) if member.isreg() else _Special()
 
 
 def _hard_link_target(top: _Folder, path: str) -> _Content | _Link | _Special:
@@ -159,31 +179,3 @@ def _follow(way: _Way, target: str) -> _Way | _Content | _Special | None:
         else:
             return None if waiting else entry
     return way
-
-
-class _RangedFile:
-    """An object as a seekable file: one buffered block, read when something outside of it is wanted."""
-
-    def __init__(self, store: Store, path: str, block_bytes: int) -> None:
-        self._store, self._path, self._block_bytes = store, path, block_bytes
-        self._position = self._start = 0
-        self._block = b""
-
-    def seek(self, position: int) -> int:
-        """Go to byte `position`."""
-        self._position = position
-        return position
-
-    def tell(self) -> int:
-        """Where the next read starts."""
-        return self._position
-
-    def read(self, num_bytes: int) -> bytes:
-        """The next bytes, fewer only at the end of the object."""
-        begin = self._position - self._start
-        if not 0 <= begin <= begin + num_bytes <= len(self._block):
-            self._start, begin = self._position, 0
-            self._block = self._store.read_range(self._path, self._start, max(num_bytes, self._block_bytes))
-        data = self._block[begin : begin + num_bytes]
-        self._position += len(data)
-        return data

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
-import google_crc32c
 import numpy as np
 
 from pipeline.config import require
-from pipeline.errors import ManifestError, ShardError, StoreNotFoundError
+from pipeline.errors import ManifestError, ShardError
+from pipeline.listing import is_hidden
 from pipeline.manifest import (
     MANIFEST_PATH,
     UNLABELLED,
@@ -31,8 +27,7 @@ from pipeline.manifest import (
 )
 from pipeline.shards import IDX_VERSION, shard_paths
 from pipeline.store import Store
-
-READ_BYTES = 8 * 2**20
+from pipeline.verify_tar import tar_problems
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ def verify_dataset(
     Args:
         store: the dataset's URL.
         deep: read every byte too: the tars' sha256, and each sample's name, label and crc.
-        num_threads: shards looked at side by side; each holds at most READ_BYTES and one sample.
+        num_threads: shards looked at side by side; each holds at most 16 MiB and one sample.
         on_progress: called after each shard, in order.
 
     Returns:
@@ -72,7 +67,7 @@ def verify_dataset(
         return [Problem(MANIFEST_PATH, str(error))]
     sizes = {entry.path: entry.num_bytes for entry in store.list()}
     problems = list(_extra_objects(manifest, sizes))
-    check = partial(_check_shard, store, sizes, manifest.classes, deep)
+    check = partial(_check_shard, store, sizes, manifest, deep)
     with ThreadPoolExecutor(num_threads) as threads:
         for info, found in zip(manifest.shards, threads.map(check, manifest.shards), strict=True):
             problems += found
@@ -83,14 +78,16 @@ def verify_dataset(
 
 def _extra_objects(manifest: Manifest, sizes: dict[str, int]) -> Iterator[Problem]:
     expected = {path for info in manifest.shards for path in shard_paths(info.name)}
+    indexed = bool(manifest.settings.get("indexed"))
     for path in sizes:
-        if path.startswith(("shard-", "index/")) and path not in expected:
-            yield Problem(path, "is not in the manifest; remove it")
+        is_shard = path.endswith(".tar") and not is_hidden(path) if indexed else path.startswith("shard-")
+        if (is_shard or path.startswith("index/")) and path not in expected:
+            yield Problem(
+                path, "is not in the manifest; " + ("move it away, or index anew" if indexed else "remove it")
+            )
 
 
-def _check_shard(
-    store: Store, sizes: dict[str, int], classes: tuple[str, ...] | None, deep: bool, info: ShardInfo
-) -> list[Problem]:
+def _check_shard(store: Store, sizes: dict[str, int], manifest: Manifest, deep: bool, info: ShardInfo) -> list[Problem]:
     problems = [Problem(path, "is missing") for path in shard_paths(info.name) if path not in sizes]
     missing = {problem.path for problem in problems}
     tar, idx = tar_path(info.name), idx_path(info.name)
@@ -103,12 +100,12 @@ def _check_shard(
         except ShardError as error:
             problems.append(Problem(index_path(info.name), str(error)))
         else:
-            messages = _index_problems(index, info, classes)
+            messages = _index_problems(index, info, manifest.classes)
             problems += [Problem(index_path(info.name), message) for message in messages]
     if idx not in missing:
         problems += [Problem(idx, message) for message in _idx_problems(store, info, index)]
     if deep and tar not in missing:
-        problems += [Problem(tar, message) for message in _tar_problems(store, info, index)]
+        problems += [Problem(tar, message) for message in tar_problems(store, info, index, manifest)]
     return problems
 
 
@@ -141,62 +138,3 @@ def _idx_problems(store: Store, info: ShardInfo, index: ShardIndex | None) -> It
     expected = [[str(o), str(n)] for o, n in zip(index.offset, index.num_bytes, strict=True)]
     if [line.split(" ")[1:3] for line in lines[1:]] != expected:
         yield "has other offsets or sizes than the parquet index; write it anew with DALI's wds2idx"
-
-
-class _HashedStream:
-    """A tar read front to back in ranges, and its sha256 so far."""
-
-    def __init__(self, store: Store, path: str) -> None:
-        self._store, self._path = store, path
-        self._position = 0
-        self.sha256 = hashlib.sha256()
-
-    def read(self, num_bytes: int) -> bytes:
-        """The next bytes; none at the end."""
-        data = self._store.read_range(self._path, self._position, num_bytes)
-        self._position += len(data)
-        self.sha256.update(data)
-        return data
-
-
-def _tar_problems(store: Store, info: ShardInfo, index: ShardIndex | None) -> Iterator[str]:
-    stream = _HashedStream(store, tar_path(info.name))
-    try:
-        with tarfile.open(fileobj=cast("io.BytesIO", stream), mode="r|", bufsize=READ_BYTES) as tar:
-            if index is not None:
-                yield from _sample_problems(tar, index)
-    except tarfile.TarError as error:
-        yield f"cannot be read as a tar: {error}"
-    except StoreNotFoundError:
-        yield "is missing"
-        return
-    while stream.read(READ_BYTES):
-        pass
-    found = stream.sha256.hexdigest()
-    if found != info.sha256:
-        yield f"has sha256 {found}; the manifest says {info.sha256}"
-
-
-def _sample_problems(tar: tarfile.TarFile, index: ShardIndex) -> Iterator[str]:
-    """Compare the members, in their order, with the rows of the index."""
-    row = -1
-    for member in tar:
-        file = tar.extractfile(member)
-        data = b"" if file is None else file.read()
-        key, _, extension = member.name.partition(".")
-        if extension == "cls":
-            if row < 0 or data != str(index.label[row]).encode():
-                yield f"{member.name} holds {data[:20]!r}, which is not the label in the index"
-            continue
-        row += 1
-        if row >= len(index):
-            continue
-        where = f"sample {row} ({index.keys[row]})"
-        if key != index.keys[row]:
-            yield f"{where} is called {member.name}"
-        if member.offset_data != index.offset[row] or len(data) != index.num_bytes[row]:
-            yield f"{where} lies at {member.offset_data} with {len(data)} bytes, not where the index says"
-        elif (crc := google_crc32c.value(data)) != index.crc32c[row]:
-            yield f"{where} has crc32c {crc:08x}; the index says {index.crc32c[row]:08x}"
-    if row + 1 != len(index):
-        yield f"has {row + 1} images; the index says {len(index)}"

@@ -57,6 +57,7 @@ def write_dataset(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     num_workers: int = 1,
     max_bad: int = 0,
+    max_side: int | None = None,
     on_progress: Callable[[ShardDone], None] | None = None,
     store_config: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
 ) -> Manifest:
@@ -70,9 +71,10 @@ def write_dataset(
         dataset_url: where the dataset goes; any fsspec URL or bare path. Nobody else may be writing there.
         seed: permutes samples over shards.
         shard_bytes: a shard takes source files until the next would go over this; one file may be larger by itself,
-            and so may a shard whose images had to be converted to PNG.
+            and so may a shard whose images had to be converted to PNG. With `max_side`, shards come out smaller.
         num_workers: processes; 1 writes in this process.
         max_bad: unreadable files that may be left out.
+        max_side: in pixels; images with a longer side are made smaller and encoded anew. None leaves them as they are.
         on_progress: called after each shard, in no fixed order.
         store_config: how patient requests are.
 
@@ -88,19 +90,20 @@ def write_dataset(
     require(shard_bytes >= 1, f"shard_bytes ({shard_bytes}) must be at least 1")
     require(num_workers >= 1, f"num_workers ({num_workers}) must be at least 1")
     require(max_bad >= 0, f"max_bad ({max_bad}) must not be negative")
+    require(max_side is None or max_side >= 1, f"max_side ({max_side}) must be at least 1")
     store = Store(dataset_url, store_config)
     store.check_writable()
     listing = source.scan()
     logger.info("%s: %d images, %d other files ignored", source, len(listing.refs), listing.num_ignored_files)
     shards = plan_shards(listing.refs, seed, shard_bytes)
-    digest = plan_digest(listing, seed, shard_bytes)
-    settings = {"seed": seed, "shard_bytes": shard_bytes, "plan_digest": digest}
+    digest = plan_digest(listing, seed, shard_bytes, max_side)
+    settings: dict[str, Any] = {"seed": seed, "shard_bytes": shard_bytes, "max_side": max_side, "plan_digest": digest}
     settings |= {"num_source_images": len(listing.refs), "num_ignored_files": listing.num_ignored_files}
     settings |= {"ignored_extensions": listing.ignored_extensions}
     if store.exists(MANIFEST_PATH):
         return _existing_manifest(store, settings)
     tasks = _tasks(store, shards, digest)
-    results = _write_shards(ShardWriter(source, store, digest, max_bad), tasks, num_workers, on_progress)
+    results = _write_shards(ShardWriter(source, store, digest, max_bad, max_side), tasks, num_workers, on_progress)
     manifest = _assemble(results, listing.classes, settings)
     store.remove_leftovers()
     write_manifest(store, manifest)
@@ -108,9 +111,17 @@ def write_dataset(
 
 
 def plan_shards(refs: Iterable[SampleRef], seed: int, shard_bytes: int) -> list[tuple[SampleRef, ...]]:
-    """Permute the images by a hash keyed with the seed, and fill shard after shard."""
+    """Permute the images by a hash keyed with the seed, and fill shard after shard.
+
+    Rows of a table are permuted by row groups, and stay together, because a group is read as a whole.
+    """
     salt = seed.to_bytes(8, "big")
-    ordered = sorted(refs, key=lambda ref: hashlib.blake2b(ref.key.encode(), key=salt, digest_size=16).digest())
+
+    def place(ref: SampleRef) -> tuple[bytes, int]:
+        name, row = (ref.key, 0) if ref.group < 0 else (f"{ref.archive}/{ref.group}", ref.offset)
+        return hashlib.blake2b(os.fsencode(name), key=salt, digest_size=16).digest(), row
+
+    ordered = sorted(refs, key=place)
     shards: list[tuple[SampleRef, ...]] = []
     shard: list[SampleRef] = []
     num_bytes = 0
@@ -123,9 +134,10 @@ def plan_shards(refs: Iterable[SampleRef], seed: int, shard_bytes: int) -> list[
     return [*shards, tuple(shard)] if shard else shards
 
 
-def plan_digest(listing: Listing, seed: int, shard_bytes: int) -> str:
+def plan_digest(listing: Listing, seed: int, shard_bytes: int, max_side: int | None = None) -> str:
     """Sha256 of all that decides a dataset's bytes, but for the images' content."""
-    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, seed, shard_bytes, listing.classes]).encode())
+    plan = [FORMAT_VERSION, seed, shard_bytes, listing.classes] + ([] if max_side is None else [max_side])
+    digest = hashlib.sha256(json.dumps(plan).encode())
     for ref in listing.refs:
         digest.update(f"\n{ref.key} {ref.num_bytes} {ref.label}".encode())
     return digest.hexdigest()
@@ -136,7 +148,7 @@ def _existing_manifest(store: Store, settings: dict[str, Any]) -> Manifest:
     if manifest.settings.get("plan_digest") == settings["plan_digest"]:
         logger.info("%s is complete already: %d samples", store, manifest.num_samples)
         return manifest
-    names = ("seed", "shard_bytes", "num_source_images")
+    names = ("seed", "shard_bytes", "max_side", "num_source_images")
     pairs = [(name, manifest.settings.get(name), settings[name]) for name in names]
     differing = [f"{name} ({old}, now {new})" for name, old, new in pairs if old != new]
     raise ManifestError(

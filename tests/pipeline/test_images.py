@@ -10,7 +10,7 @@ import skimage.data
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from pipeline.images import BadImageError, StoredImage, prepare_image
+from pipeline.images import BadImageError, StoredImage, measure_image, prepare_image
 
 PHOTO = Image.fromarray(skimage.data.astronaut()).crop((100, 0, 253, 101))
 GREY = PHOTO.convert("L")
@@ -155,3 +155,58 @@ def test_a_bad_file_has_a_reason(name: str) -> None:
         prepare_image(data)
     assert " at 0x" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*KEPT, *CONVERTED])
+def test_large_images_become_smaller(name: str) -> None:
+    data = {**KEPT, **CONVERTED}[name][0]
+    whole = prepare_image(data)
+    longer = max(whole.height, whole.width)
+    assert prepare_image(data, longer) == whole
+    if longer == 1:
+        return
+    image = prepare_image(data, longer // 2)
+    decoded = decode_with_dali(image.data)
+    assert (image.height, image.width) == decoded.shape[:2]
+    assert max(image.height, image.width) == longer // 2
+    scale = longer // 2 / longer
+    assert abs(image.height - whole.height * scale) <= 0.5
+    assert abs(image.width - whole.width * scale) <= 0.5
+    assert (image.extension, image.converted) == ("jpg" if "jpeg" in name else "png", True)
+    original = Image.fromarray(decode_with_dali(whole.data))
+    reference = original.resize((image.width, image.height), Image.Resampling.LANCZOS)
+    error = np.abs(decoded - np.asarray(reference).astype(int)).mean()
+    assert error < (2.5 if "jpeg" in name else 1.0)
+    assert prepare_image(data, longer // 2) == image
+
+
+def test_a_smaller_image_keeps_its_colours_and_its_rotation_as_stored() -> None:
+    data = encoded(PHOTO, "JPEG", exif=rotated_exif(), icc_profile=b"a profile")
+    small = Image.open(io.BytesIO(prepare_image(data, 50).data))
+    assert (small.size, small.info["icc_profile"], len(small.getexif())) == ((50, 33), b"a profile", 0)
+    narrow = prepare_image(encoded(Image.new("RGB", (1000, 2)), "PNG"), 10)
+    assert (narrow.height, narrow.width) == (1, 10)
+    cmyk = encoded(PHOTO.convert("CMYK"), "JPEG", icc_profile=b"a profile for CMYK")
+    assert "icc_profile" not in Image.open(io.BytesIO(prepare_image(cmyk, 50).data)).info
+
+
+NOT_IN_PLACE = ("16-bit grey png", "16-bit grey tiff", "gif")
+
+
+@pytest.mark.parametrize("name", [*KEPT, *CONVERTED])
+def test_an_image_in_place_is_measured_as_it_decodes_or_refused(name: str) -> None:
+    data = {**KEPT, **CONVERTED}[name][0]
+    if name in NOT_IN_PLACE:
+        with pytest.raises(BadImageError, match="cannot be trained on in place"):
+            measure_image(data)
+        return
+    decoded = decode_with_dali(data)
+    assert measure_image(data) == decoded.shape[:2]
+    reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(decoded - reference).max() <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name != "half a gif"])
+def test_a_bad_image_in_place_has_a_reason(name: str) -> None:
+    with pytest.raises(BadImageError, match=r"cut off|pixels|empty|decoded|no JPEG|decompression bomb|checksum"):
+        measure_image(BAD[name][0])

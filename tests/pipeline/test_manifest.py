@@ -117,6 +117,7 @@ def test_no_manifest_names_the_command_that_makes_one(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_shards_are_read_in_seconds() -> None:
     num = 100_000
     shards = tuple(ShardInfo(f"shard-{i:06d}", 10_000, 2**30, "a" * 64, "b" * 64, "c" * 64) for i in range(num))

@@ -19,7 +19,7 @@ import webdataset
 from PIL import Image
 
 from pipeline.dataset import open_dataset
-from pipeline.errors import SourceError, StoreError
+from pipeline.errors import ManifestError, SourceError, StoreError
 from pipeline.listing import SampleRef
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.sources import FolderSource, TarSource, open_source
@@ -94,6 +94,7 @@ def test_unlabelled_images_have_no_cls(small_photos: Path, tmp_path: Path) -> No
     assert (tmp_path / "x.idx").read_bytes() == (tmp_path / "dataset/shard-000000.idx").read_bytes()
 
 
+@pytest.mark.slow
 def test_processes_and_the_kind_of_source_do_not_change_a_byte(
     small_photos: Path, whole_dataset: Path, tmp_path: Path, read_files: Files
 ) -> None:
@@ -149,6 +150,24 @@ def test_odd_formats_and_names(tmp_path: Path, small_photos: Path) -> None:
     assert verify_dataset(Store(str(tmp_path / "dataset")), deep=True) == []
 
 
+def test_max_side_is_part_of_the_plan(small_photos: Path, tmp_path: Path, read_files: Files) -> None:
+    manifest = write(small_photos, tmp_path / "dataset", max_side=80)
+    index = open_dataset(str(tmp_path / "dataset")).index(0)
+    assert np.maximum(index.height, index.width).max() == 80
+    sizes = [Image.open(io.BytesIO(path.read_bytes())).size for path in small_photos.rglob("*.JPG")]
+    assert manifest.settings["max_side"] == 80
+    assert manifest.settings["num_converted"] == sum(max(size) > 80 for size in sizes)
+    assert verify_dataset(Store(str(tmp_path / "dataset")), deep=True) == []
+    write(small_photos, tmp_path / "again", max_side=80, num_workers=2)
+    assert read_files(tmp_path / "again") == read_files(tmp_path / "dataset")
+    for other in (None, 79):
+        with pytest.raises(ManifestError, match=rf"max_side \(80, now {other}\) differ"):
+            write(small_photos, tmp_path / "dataset", max_side=other)
+    (tmp_path / "dataset" / "manifest.json").unlink()
+    with pytest.raises(ManifestError, match=r"other settings \(seed, shard_bytes, max_side\)"):
+        write(small_photos, tmp_path / "dataset", max_side=79)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -156,6 +175,7 @@ def test_odd_formats_and_names(tmp_path: Path, small_photos: Path) -> None:
         ({"shard_bytes": 0}, "shard_bytes"),
         ({"num_workers": 0}, "num_workers"),
         ({"max_bad": -1}, "max_bad"),
+        ({"max_side": 0}, "max_side"),
     ],
 )
 def test_wrong_options_are_refused(small_photos: Path, tmp_path: Path, options: dict[str, int], message: str) -> None:

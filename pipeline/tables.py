@@ -81,7 +81,7 @@ class RowGroups:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._held: OrderedDict[tuple[str, int], pa.ChunkedArray] = OrderedDict()
+        self._held: OrderedDict[tuple[str, int], pa.ChunkedArray[Any]] = OrderedDict()
 
     def __reduce__(self) -> tuple[type[RowGroups], tuple[Store]]:
         return RowGroups, (self._store,)
@@ -108,7 +108,7 @@ class RowGroups:
         return image
 
 
-def _read_images(store: Store, name: str, group: int) -> pa.ChunkedArray:
+def _read_images(store: Store, name: str, group: int) -> pa.ChunkedArray[Any]:
     with _opened(store, name) as file:
         column = _image_column(file.schema_arrow, f"{store}/{name}")
         return file.read_row_group(group, columns=[f"{column}.bytes"])[column]

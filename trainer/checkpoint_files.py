@@ -117,7 +117,7 @@ class StoreFiles(FileSystemBase):
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Never: object stores copy instead."""
-        raise NotImplementedError("a checkpoint's files are written under their last names")
+        raise AssertionError("a checkpoint's files are written under their last names")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -132,19 +132,6 @@ def _log_start(log: RunLog, attempt: int, resume_from: Commit | None) -> None:
     )
 
 
-def _tell_start(log: RunLog, attempt: int, resume_from: Commit | None) -> None:
-    hosts, pids = zip(*parallel.gather((socket.gethostname(), os.getpid())), strict=True)
-    log.event(
-        "start",
-        step=resume_from.step if resume_from else 0,
-        attempt=attempt,
-        world_size=parallel.world_size(),
-        hosts=hosts,
-        pids=pids,
-        resumed_from=resume_from.directory if resume_from else None,
-    )
-
-
 def _build(config: TrainConfig, device: torch.device, mesh: DeviceMesh) -> tuple[MAE, Optimizer]:
     model = build_mae(config).to(device)
     parallel.shard_model(model, config.parallel, mesh)

@@ -26,6 +26,7 @@ from PIL import Image
 from pipeline import DataConfig, Loader, open_dataset
 from pipeline.config import num_kept_patches
 from pipeline.dataset import INDEX_CACHE_BYTES
+from pipeline.decode import CPU_BATCH_SIZE
 from pipeline.errors import ManifestError
 from pipeline.listing import Listing, SampleRef
 from pipeline.write import write_dataset
@@ -78,12 +79,18 @@ def arithmetic() -> list[tuple[str, str, float]]:
     samples, batches = (1 + ahead) * a_lane + 2 * window, CONFIG.prefetch_batches + 2
     batch = CONFIG.global_batch_size // WORLD_SIZE
     height, width = CONFIG.augment.image_size
+    num_threads = len(os.sched_getaffinity(0))
     kb = f"{IMAGE_BYTES / 1e3:.0f} kB"
     return [
         (
             "encoded samples",
             f"{lanes} lanes x ((1 + {ahead}) steps x {a_lane} + 2 x window {window}) x {kb}",
             lanes * samples * IMAGE_BYTES,
+        ),
+        (
+            "waiting samples",
+            f"{CONFIG.prefetch_batches} batches queued but not decoded x {batch} x {kb}",
+            CONFIG.prefetch_batches * batch * IMAGE_BYTES,
         ),
         (
             "reads in flight",
@@ -95,7 +102,11 @@ def arithmetic() -> list[tuple[str, str, float]]:
             f"({CONFIG.prefetch_batches} queued + 1 made + 1 used) x {batch} x {height} x {width} x 3",
             batches * batch * height * width * 3,
         ),
-        ("decoded crops", "2 cuts x 32 x 375 x 500 x 3", 2 * 32 * 375 * 500 * 3),
+        (
+            "decoded crops",
+            f"{num_threads} threads x {CPU_BATCH_SIZE} x 375 x 500 x 3",
+            num_threads * CPU_BATCH_SIZE * 375 * 500 * 3,
+        ),
         ("shard indexes", f"{INDEX_CACHE_BYTES // 2**20} MiB, whatever the dataset", INDEX_CACHE_BYTES),
     ]
 

@@ -1,14 +1,15 @@
 """Encoded bytes to augmented images [B, 3, H, W]. The only file that imports DALI.
 
-On a CPU, DALI decodes nothing but the crop and torch resizes it: its uint8 kernel does in 0.3 ms what DALI's cubic
-resize does in 1.4. With a GPU, DALI does all of it.
+On CPUs each thread has a DALI pipeline of its own. It decodes nothing but the crops of a few images, which torch then
+resizes on the same thread while they are in the processor's cache: its uint8 kernel does in 0.1 ms what DALI's cubic
+resize does in 1.4. So no thread waits for another, and none waits between two batches. With a GPU, DALI does all of it.
 """
 
 from __future__ import annotations
 
-import itertools
-import threading
-from collections.abc import Sequence
+import queue
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -25,6 +26,12 @@ from pipeline.augment import Crops
 from pipeline.config import AugmentConfig
 
 Encoded = bytes | memoryview
+
+# Images that a pipeline takes at a time. On a CPU more of them leave its cache before they are resized, and their
+# buffers go back to the system and come back as fresh pages; fewer pay DALI's 0.2 ms a run too often.
+CPU_BATCH_SIZE, MIXED_BATCH_SIZE = 16, 32
+# torch spreads a larger flip over threads of its own, beside ours (at::internal::GRAIN_SIZE).
+_FLIP_VALUES = 2**15 - 1
 
 # DALI's own annotations are partial and in places wrong.
 dali: Any = nvidia.dali
@@ -62,7 +69,7 @@ def crop_pipeline(*, num_threads: int, max_batch_size: int) -> Any:
 
 
 def mixed_pipeline(device_id: int | None, *, num_threads: int, max_batch_size: int, image_size: tuple[int, int]) -> Any:
-    """DALI graph on a GPU: (encoded, start, shape, flip) -> the augmented image, uint8 [3, H, W] RGB.
+    """DALI graph on a GPU: (encoded, start, shape, flip) -> the augmented image, uint8 [H, W, 3] RGB.
 
     The whole image is decoded, by nvJPEG's CUDA decoder alone: with the hardware decoder beside it a batch is split
     over the two, which differ in the last bit.
@@ -75,8 +82,7 @@ def mixed_pipeline(device_id: int | None, *, num_threads: int, max_batch_size: i
         )
         images = fn.slice(images, start=start, shape=shape, axis_names="HW")
         images = fn.resize(images, size=image_size, interp_type=types.INTERP_CUBIC, antialias=True)
-        images = fn.flip(images, horizontal=flip)
-        pipe.set_outputs(fn.transpose(images, perm=[2, 0, 1]))
+        pipe.set_outputs(fn.flip(images, horizontal=flip))
     return pipe
 
 
@@ -92,18 +98,41 @@ def _pipeline(num_threads: int, max_batch_size: int, device_id: int | None) -> A
     )
 
 
+class Decoding:
+    """A batch on its way: `images` [B, 3, H, W] is whole when `wait` has returned."""
+
+    def __init__(self, images: UInt8[Tensor, "B 3 H W"], parts: list[Future[dict[int, str]]]) -> None:
+        self.images = images
+        self._parts = parts
+
+    def wait(self) -> dict[int, str]:
+        """Wait for the images.
+
+        Returns:
+            Those that cannot be decoded, or whose box is not within the image: index -> reason.
+
+        Raises:
+            CancelledError: the decoder was closed meanwhile.
+        """
+        bad: dict[int, str] = {}
+        for part in self._parts:
+            bad |= part.result()
+        return bad
+
+
 class Decoder:
-    """Decodes, crops, resizes (bicubic with antialias) and flips batches. For one thread at a time.
+    """Decodes, crops, resizes (bicubic with antialias) and flips batches.
 
     Pixels depend on the bytes and boxes alone, not on the number of threads, the batch, or what was decoded before.
 
     Args:
         config: image_size.
         device: `cpu`, or `mixed` for nvJPEG on a GPU.
-        num_threads: threads that decode, and as many again that resize while others decode.
-        max_batch_size: images in DALI's hands at a time; larger batches are cut. Bounds the memory for decoded crops
-            to two such cuts.
+        num_threads: on a CPU, threads that each decode and resize; with a GPU, DALI's own.
+        max_batch_size: images that a pipeline takes at a time; None takes what was fastest. On a CPU it bounds the
+            memory for decoded crops to that many a thread.
         device_id: the GPU, for `mixed`.
+        pin_memory: put the images of a CPU where a GPU can copy them from by itself.
     """
 
     def __init__(
@@ -112,105 +141,158 @@ class Decoder:
         *,
         device: Literal["cpu", "mixed"],
         num_threads: int,
-        max_batch_size: int,
+        max_batch_size: int | None = None,
         device_id: int | None = None,
+        pin_memory: bool = False,
     ) -> None:
-        self._size = config.image_size
-        self._mixed = device == "mixed"
-        self._num_threads, self._max_batch_size = num_threads, max_batch_size
-        self._device_id = (device_id or 0) if self._mixed else None
-        self._pipe = self._build(max_batch_size)
-        self._pool = ThreadPoolExecutor(num_threads, "tarmac-resize")
-        self._closed = threading.Event()
+        height, width = config.image_size
+        self._shape = (3, height, width)
+        self._pin_memory = pin_memory
+        mixed = device == "mixed"
+        self._device = torch.device("cuda", device_id or 0) if mixed else torch.device("cpu")
+        self._max_batch_size = max_batch_size or (MIXED_BATCH_SIZE if mixed else CPU_BATCH_SIZE)
+        num_lanes = 1 if mixed else num_threads
 
-    def decode(self, encoded: Sequence[Encoded], crops: Crops) -> UInt8[Tensor, "B 3 H W"]:
-        """Augmented images, contiguous, on the GPU if `mixed`.
+        def build(batch_size: int) -> Any:
+            if mixed:
+                return mixed_pipeline(
+                    device_id or 0, num_threads=num_threads, max_batch_size=batch_size, image_size=config.image_size
+                )
+            return crop_pipeline(num_threads=1, max_batch_size=batch_size)
+
+        self._lanes = [_Lane(build, self._max_batch_size, mixed=mixed) for _ in range(num_lanes)]
+        self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+        for lane in self._lanes:
+            self._idle.put(lane)
+        self._pool = ThreadPoolExecutor(num_lanes, "tarmac-decode")
+        for _ in self._lanes:  # side by side, while the first bytes are read
+            self._pool.submit(self._on_a_lane, _Lane.build)
+
+    def start(self, encoded: Sequence[Encoded], crops: Crops) -> Decoding:
+        """Start to decode a batch; batches are worked off in the order in which they were started.
 
         Args:
             encoded: B files: JPEG, PNG, WebP and whatever else nvImageCodec reads; grey and CMYK become RGB.
             crops: B boxes within the stored images.
 
+        Returns:
+            Its images are uint8 in `torch.channels_last` memory format, on the GPU if `mixed`.
+
+        Raises:
+            RuntimeError: the decoder is closed.
+        """
+        images = torch.empty(
+            (len(encoded), *self._shape),
+            dtype=torch.uint8,
+            device=self._device,
+            memory_format=torch.channels_last,
+            pin_memory=self._pin_memory,
+        )
+        parts = []
+        for first in range(0, len(encoded), self._max_batch_size):
+            rows = np.arange(first, min(first + self._max_batch_size, len(encoded)))
+            parts.append(self._pool.submit(self._on_a_lane, _Lane.decode, encoded, crops, rows, images))
+        return Decoding(images, parts)
+
+    def decode(self, encoded: Sequence[Encoded], crops: Crops) -> UInt8[Tensor, "B 3 H W"]:
+        """Decode a batch: `start` and `wait` in one.
+
         Raises:
             DecodeError: some cannot be decoded, or a box is not within its image; the decoder stays usable.
         """
-        device = torch.device(f"cuda:{self._device_id}" if self._mixed else "cpu")
-        images = torch.empty((len(encoded), 3, *self._size), dtype=torch.uint8, device=device)
-        bad: dict[int, str] = {}
-        resizing: list[Future[None]] = []
-        for first in range(0, len(encoded), self._max_batch_size):
-            if self._closed.is_set():
-                raise RuntimeError("the decoder is closed")
-            rows = np.arange(first, min(first + self._max_batch_size, len(encoded)))
-            try:
-                outputs = _run(self._pipe, encoded, crops, rows, flip=self._mixed)
-            except RuntimeError as error:
-                bad |= self._find_bad(encoded, crops, rows, error)
-                continue
-            _wait(resizing)  # one cut is resized while the next one is decoded
-            if self._mixed:
-                _copy_from_dali(outputs, images[first : first + len(rows)])
-            else:
-                resizing = self._resize(outputs, images.numpy()[rows[0] : rows[-1] + 1], crops.flip[rows])
-        _wait(resizing)
-        if bad:
+        decoding = self.start(encoded, crops)
+        if bad := decoding.wait():
             raise DecodeError(list(bad), list(bad.values()))
-        return images
+        return decoding.images
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that its threads worked so far, summed over them."""
+        return sum(lane.busy_s for lane in self._lanes)
 
     def close(self) -> None:
-        """Stop the threads, and whoever is in `decode` on another thread, with a RuntimeError."""
-        self._closed.set()
+        """Stop the threads; batches that are not decoded yet will not be."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _build(self, max_batch_size: int) -> Any:
-        threads = min(self._num_threads, max_batch_size)
-        if self._mixed:
-            pipe = mixed_pipeline(
-                self._device_id, num_threads=threads, max_batch_size=max_batch_size, image_size=self._size
-            )
-        else:
-            pipe = crop_pipeline(num_threads=threads, max_batch_size=max_batch_size)
-        pipe.build()
-        return pipe
+    def _on_a_lane(self, work: Callable[..., dict[int, str]], *args: Any) -> dict[int, str]:
+        lane = self._idle.get_nowait()  # there are as many as threads
+        started = time.perf_counter()
+        try:
+            return work(lane, *args)
+        finally:
+            lane.busy_s += time.perf_counter() - started
+            self._idle.put(lane)
 
-    def _resize(self, outputs: Any, images: npt.NDArray[np.uint8], flip: npt.NDArray[np.bool_]) -> list[Future[None]]:
-        """Start resizing DALI's B crops into `images` [B, 3, H, W]."""
-        crops = [np.asarray(outputs[row]) for row in range(len(images))]
-        turns = itertools.count()
 
-        def work() -> None:
-            while (row := next(turns)) < len(images):
-                resize_into(images[row], crops[row], flip=bool(flip[row]))
+class _Lane:
+    """One DALI pipeline, for one thread at a time."""
 
-        return [self._pool.submit(work) for _ in range(min(self._num_threads, len(images)))]
+    def __init__(self, build: Callable[[int], Any], max_batch_size: int, *, mixed: bool) -> None:
+        self._build, self._max_batch_size, self._mixed = build, max_batch_size, mixed
+        self._pipe: Any = None
+        self.busy_s = 0.0
 
-    def _find_bad(
-        self, encoded: Sequence[Encoded], crops: Crops, rows: npt.NDArray[np.int64], error: RuntimeError
+    def build(self) -> dict[int, str]:
+        """Have a pipeline before it is needed."""
+        if self._pipe is None:
+            self._pipe = self._build(self._max_batch_size)
+            self._pipe.build()
+        return {}
+
+    def decode(
+        self, encoded: Sequence[Encoded], crops: Crops, rows: npt.NDArray[np.int64], images: Tensor
     ) -> dict[int, str]:
-        """Decode the rows of a failed run one by one; the indices that fail alone, with their reasons."""
-        # A failed pipeline is dead.
-        self._pipe = self._build(self._max_batch_size)
-        bad, single = {}, self._build(1)
+        """Fill `rows` of `images`; returns those that cannot be decoded, and why."""
+        self.build()
+        try:
+            outputs = _run(self._pipe, encoded, crops, rows, flip=self._mixed)
+        except RuntimeError as error:
+            self._pipe = None  # a failed pipeline is dead
+            if len(rows) == 1:
+                return {int(rows[0]): _reason(error)}
+            return self._decode_singly(encoded, crops, rows, images, error)
+        pixels = images[rows[0] : rows[-1] + 1].permute(0, 2, 3, 1)  # [n, H, W, 3], contiguous
+        if self._mixed:
+            _copy_from_dali(outputs, pixels)
+        else:
+            for at, image in enumerate(pixels.numpy()):
+                resize_into(image, np.asarray(outputs[at]), flip=bool(crops.flip[rows[at]]))
+        return {}
+
+    def _decode_singly(
+        self,
+        encoded: Sequence[Encoded],
+        crops: Crops,
+        rows: npt.NDArray[np.int64],
+        images: Tensor,
+        error: RuntimeError,
+    ) -> dict[int, str]:
+        """Find out which rows of a run that failed with `error` fail alone."""
+        single = _Lane(self._build, 1, mixed=self._mixed)
+        bad: dict[int, str] = {}
         for row in rows:
-            try:
-                _run(single, encoded, crops, np.array([row]), flip=self._mixed)
-            except RuntimeError as reason:
-                bad[int(row)] = _reason(reason)
-                single = self._build(1)
+            bad |= single.decode(encoded, crops, np.array([row]), images)
         if not bad:
             raise error
         return bad
 
 
 def resize_into(image: npt.NDArray[np.uint8], crop: npt.NDArray[np.uint8], *, flip: bool) -> None:
-    """Resize `crop` [h, w, 3] into `image` [3, H, W], bicubic with antialias, and mirror it if `flip`.
+    """Resize `crop` [h, w, 3] into `image` [H, W, 3], bicubic with antialias, and mirror it if `flip`.
 
     Within 1 of PIL's bicubic with the horizontal pass first.
     """
-    # [1, 3, h, w] in channels_last: the layout that torch's fast uint8 kernel takes, and it stays on this thread.
-    pixels = torch.from_numpy(crop).permute(2, 0, 1)[None]
-    resized = F.interpolate(pixels, size=image.shape[1:], mode="bicubic", antialias=True)[0].numpy()
-    # numpy copies on this thread; torch would hand a copy this large to its own threads, beside the pool's.
-    np.copyto(image, resized[:, :, ::-1] if flip else resized)
+    # [1, 3, h, w] in channels_last and so [1, 3, H, W]: torch's fast uint8 kernel neither unpacks nor packs.
+    pixels = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
+    resized = F.interpolate(pixels, size=image.shape[:2], mode="bicubic", antialias=True)
+    if not flip:
+        # numpy copies on this thread; torch would hand a copy this large to its own threads.
+        np.copyto(image, resized[0].permute(1, 2, 0).numpy())
+        return
+    num_rows = max(_FLIP_VALUES // image[0].size, 1)
+    for top in range(0, len(image), num_rows):
+        flipped = torch.flip(resized[:, :, top : top + num_rows], (3,))
+        np.copyto(image[top : top + num_rows], flipped[0].permute(1, 2, 0).numpy())
 
 
 def _run(pipe: Any, encoded: Sequence[Encoded], crops: Crops, rows: npt.NDArray[np.int64], *, flip: bool) -> Any:
@@ -226,11 +308,6 @@ def _copy_from_dali(outputs: Any, images: Tensor) -> None:
     images.copy_(from_dlpack(outputs.as_tensor()))
     # DALI may reuse the buffer once `outputs` is dropped.
     torch.cuda.current_stream(images.device).synchronize()
-
-
-def _wait(futures: list[Future[None]]) -> None:
-    for future in futures:
-        future.result()
 
 
 def _reason(error: RuntimeError) -> str:

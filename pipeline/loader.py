@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -22,12 +23,10 @@ from torch import Tensor
 from pipeline.augment import Crops, draw_crops, draw_masks
 from pipeline.config import DataConfig, check_world, require
 from pipeline.dataset import Dataset
-from pipeline.decode import DecodeError, Decoder
+from pipeline.decode import Decoder, Decoding
 from pipeline.order import num_micro_steps
-from pipeline.reader import EncodedSample, Quarantined, Reader
+from pipeline.reader import EncodedSample, Quarantined, Reader, ReaderClosedError
 
-# Images in DALI's hands at a time. Longer cuts are no faster, and a cut's crops are held decoded, 0.3 MB each.
-_DECODE_BATCH_SIZE = 32
 _POLL_S = 0.05
 _CLOSE_S = 0.4
 
@@ -40,7 +39,7 @@ class Batch:
     """
 
     images: UInt8[Tensor, "B 3 H W"]
-    """RGB, 0 to 255, cropped and flipped."""
+    """RGB, 0 to 255, cropped and flipped; in memory the channels are last (`torch.channels_last`)."""
     kept_ids: Int64[Tensor, "B K"]
     """Patches that the encoder sees, in the order of their noise."""
     masked_ids: Int64[Tensor, "B M"]
@@ -60,16 +59,30 @@ class Batch:
 class LoaderStats:
     """Where a loader's time went since it was made, in seconds, and what it did."""
 
-    wait_s: float
-    """The consumer waited for a batch."""
     fetch_wait_s: float
-    """The decoding thread waited for bytes."""
+    """The consumer waited for a batch whose bytes had not all arrived."""
+    decode_wait_s: float
+    """The consumer waited for a batch that was being decoded."""
     decode_s: float
-    """The decoding thread decoded and augmented."""
+    """The decoding threads were at work, summed over them."""
     full_s: float
-    """The decoding thread waited for the consumer: the model is the limit, not the pipeline."""
+    """Enough batches waited for the consumer: the model is the limit, not the pipeline."""
     fetched_bytes: int
     num_batches: int
+
+    @property
+    def wait_s(self) -> float:
+        """The consumer waited for a batch."""
+        return self.fetch_wait_s + self.decode_wait_s
+
+
+@dataclass(slots=True)
+class _Started:
+    """A batch whose images are being decoded from `samples`."""
+
+    batch: Batch
+    samples: list[EncodedSample]
+    decoding: Decoding
 
 
 class Loader:
@@ -78,8 +91,8 @@ class Loader:
     The pixels, masks, ids and labels at a position depend on (dataset, config) alone: not on the world size, the
     number of threads, the micro-batches, or the step that the loader started from.
 
-    Reads run on the reader's threads, decoding on a thread here and on the decoder's, and at most
-    `config.prefetch_batches` micro-batches wait for the model.
+    Reads run on the reader's threads and decoding on the decoder's; a thread here gives each batch to the decoder as
+    soon as its bytes are there. At most `config.prefetch_batches` micro-batches, decoded or not, wait for the model.
 
     Args:
         dataset: from `open_dataset`.
@@ -111,15 +124,19 @@ class Loader:
             config.augment,
             device=config.decode_device,
             num_threads=config.num_decode_threads or _num_cpus(),
-            max_batch_size=_DECODE_BATCH_SIZE,
             device_id=_gpu(self._device) if config.decode_device == "mixed" else None,
+            # Pinned here, copied without blocking on the consumer's stream.
+            pin_memory=self._device.type == "cuda" and config.decode_device == "cpu",
         )
-        self._wait_s = self._decode_s = self._full_s = 0.0
+        self._fetch_wait_s = self._decode_wait_s = self._full_s = 0.0
         self._num_batches = 0
         self._closed = threading.Event()
-        self._error: BaseException | None = None
-        self._queue: queue.Queue[Batch | None] = queue.Queue(config.prefetch_batches)
-        self._thread = threading.Thread(target=self._produce, args=(start_step,), name="tarmac-decode", daemon=True)
+        self._error: Exception | None = None
+        """What ended the thread that fills the queue."""
+        self._failure: Exception | None = None
+        """What `__next__` raised."""
+        self._queue: queue.Queue[_Started | None] = queue.Queue(config.prefetch_batches)
+        self._thread = threading.Thread(target=self._produce, args=(start_step,), name="tarmac-batches", daemon=True)
         self._thread.start()
         # A loader that nobody closed: DALI must not be at work while the interpreter goes down.
         atexit.register(self.close)
@@ -137,14 +154,26 @@ class Loader:
         """
         if self._closed.is_set():
             raise StopIteration
-        started = time.perf_counter()
-        batch = self._queue.get()
-        self._wait_s += time.perf_counter() - started
-        if batch is None:
-            self._end()  # whoever asks next gets the same answer
-            raise StopIteration if self._error is None else self._error
+        if self._failure is not None:
+            raise self._failure
+        try:
+            batch = self._next()
+        except Exception as error:
+            self._failure = error  # whoever asks again gets the same answer
+            raise
         self._num_batches += 1
         return _with_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+
+    def _next(self) -> Batch:
+        asked = time.perf_counter()
+        started = self._queue.get()
+        fetched = time.perf_counter()
+        self._fetch_wait_s += fetched - asked
+        if started is None:
+            raise StopIteration if self._error is None else self._error
+        batch = self._finish(started)
+        self._decode_wait_s += time.perf_counter() - fetched
+        return batch
 
     def __enter__(self) -> Self:
         return self
@@ -157,9 +186,9 @@ class Loader:
     def stats(self) -> LoaderStats:
         """Where the time went so far."""
         return LoaderStats(
-            wait_s=self._wait_s,
-            fetch_wait_s=self._reader.wait_s,
-            decode_s=self._decode_s,
+            fetch_wait_s=self._fetch_wait_s,
+            decode_wait_s=self._decode_wait_s,
+            decode_s=self._decoder.busy_s,
             full_s=self._full_s,
             fetched_bytes=self._reader.fetched_bytes,
             num_batches=self._num_batches,
@@ -185,15 +214,15 @@ class Loader:
                 for micro_step in range(self.num_micro_steps):
                     # As np.array_split: as even as possible, the longer ones first.
                     size = -(-len(samples) // (self.num_micro_steps - micro_step))
-                    self._put(self._decode(samples[:size], step, micro_step))
+                    self._put(self._start(samples[:size], step, micro_step))
                     del samples[:size]
                 step += 1
-        except BaseException as error:
+        except Exception as error:
             if not self._closed.is_set():  # closing interrupts whatever goes on here
                 self._error = error
         self._put(None)
 
-    def _put(self, batch: Batch | None) -> None:
+    def _put(self, batch: _Started | None) -> None:
         started = time.perf_counter()
         while not self._closed.is_set():
             with suppress(queue.Full):
@@ -205,24 +234,22 @@ class Loader:
         with suppress(queue.Full):
             self._queue.put_nowait(None)
 
-    def _decode(self, samples: list[EncodedSample], step: int, micro_step: int) -> Batch:
-        started = time.perf_counter()
-        images = None
-        while images is None:
-            try:
-                images = self._decoder.decode([sample.data for sample in samples], self._crops(samples))
-            except DecodeError as error:
-                for index, reason in zip(error.indices, error.reasons, strict=True):
-                    samples[index] = self._reader.replace(samples[index], reason)
+    def _start(self, samples: list[EncodedSample], step: int, micro_step: int) -> _Started:
+        decoding = self._decoder.start([sample.data for sample in samples], self._crops(samples))
+        for sample in samples:
+            sample.data = b""  # the decoder drops the bytes when it is done: a batch that waits must not hold them
+        return _Started(self._batch(decoding.images, samples, step, micro_step), samples, decoding)
+
+    def _batch(self, images: Tensor, samples: list[EncodedSample], step: int, micro_step: int) -> Batch:
         ids = _column([sample.sample_id for sample in samples])
         epochs = _column([sample.epoch for sample in samples])
         kept, masked = draw_masks(self._config.augment, self._config.seed, epochs, ids)
-        batch = Batch(
+        return Batch(
             images=images,
-            kept_ids=torch.from_numpy(np.ascontiguousarray(kept)),
-            masked_ids=torch.from_numpy(np.ascontiguousarray(masked)),
-            sample_ids=torch.from_numpy(ids),
-            labels=torch.from_numpy(_column([sample.label for sample in samples])),
+            kept_ids=self._tensor(np.ascontiguousarray(kept)),
+            masked_ids=self._tensor(np.ascontiguousarray(masked)),
+            sample_ids=self._tensor(ids),
+            labels=self._tensor(_column([sample.label for sample in samples])),
             step=step,
             micro_step=micro_step,
             num_micro_steps=self.num_micro_steps,
@@ -232,11 +259,34 @@ class Loader:
                 if sample.reason is not None
             ),
         )
-        if self._device.type == "cuda":
-            # Pinned here, copied without blocking on the consumer's stream.
-            batch = _with_tensors(batch, lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory())
-        self._decode_s += time.perf_counter() - started
-        return batch
+
+    def _finish(self, started: _Started) -> Batch:
+        """Wait for the images; replace the samples that cannot be decoded."""
+        batch, samples = started.batch, started.samples
+        try:
+            bad = started.decoding.wait()
+            if not bad:
+                return batch
+            for index, reason in bad.items():
+                samples[index] = self._replace(samples[index], reason, batch.images[index])
+        except (CancelledError, ReaderClosedError):  # closed meanwhile, by another thread
+            raise StopIteration from None
+        return self._batch(batch.images, samples, batch.step, batch.micro_step)
+
+    def _replace(self, sample: EncodedSample, reason: str, image: Tensor) -> EncodedSample:
+        """The first replacement of a sample that can be decoded; its pixels go to `image` [3, H, W]."""
+        while True:
+            sample = self._reader.replace(sample, reason)
+            decoding = self._decoder.start([sample.data], self._crops([sample]))
+            bad = decoding.wait()
+            if not bad:
+                image.copy_(decoding.images[0])
+                return sample
+            reason = bad[0]
+
+    def _tensor(self, values: npt.NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def _crops(self, samples: list[EncodedSample]) -> Crops:
         return draw_crops(

@@ -52,9 +52,9 @@ class Quarantined:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EncodedSample:
-    """The bytes for one position of a step.
+    """The bytes for one position of a step; whoever takes `data` may empty it.
 
     `wanted_id` is the order's sample; `sample_id` is the one whose bytes these are, another one only if the wanted
     one is damaged, for `reason`.

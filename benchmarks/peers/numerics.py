@@ -26,7 +26,7 @@ def differences(folder: str, num_images: int) -> dict[str, float]:
     sizes = np.array([Image.open(path).size for path in paths])
     zeros, ids = np.zeros(len(paths), np.int64), np.arange(len(paths))
     crops = draw_crops(config, 0, zeros, ids, sizes[:, 1], sizes[:, 0])
-    decoder = Decoder(config, device="cpu", num_threads=2, max_batch_size=32)
+    decoder = Decoder(config, device="cpu", num_threads=2)
     ours = decoder.decode(encoded, crops)
     decoder.close()
     sums = {"ours": 0.0, "torchvision v2 on tensors": 0.0}

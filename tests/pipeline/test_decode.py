@@ -137,7 +137,7 @@ def test_pixels_do_not_depend_on_threads_or_batches():
         assert torch.equal(again[0], results[-1][5])
         decoder.close()
     assert all(torch.equal(result, results[0]) for result in results)
-    assert results[0].is_contiguous()
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
     assert results[0].dtype == torch.uint8
 
 
@@ -174,7 +174,7 @@ def test_mixed_graph_is_well_formed():
     # It cannot be built without a GPU; DALI checks operators, arguments and devices when it is put together.
     pipe = mixed_pipeline(None, num_threads=1, max_batch_size=4, image_size=(224, 224))
     graph = pipe.serialize()
-    for operator in (b"decoders__Image", b"Slice", b"Resize", b"Flip", b"Transpose"):
+    for operator in (b"decoders__Image", b"Slice", b"Resize", b"Flip"):
         assert operator in graph
 
 

@@ -167,13 +167,13 @@ def test_micro_batches_are_as_even_as_possible(url):
         Loader(dataset, config, dp_rank=0, dp_world_size=4)
 
 
-def test_batches_are_contiguous_tensors_of_the_stated_types(url):
+def test_batches_have_the_stated_types_and_layout(url):
     with Loader(open_dataset(str(url)), CONFIG) as loader:
         assert iter(loader) is loader
         batch = next(loader)
     assert batch.images.dtype == torch.uint8
     assert batch.images.shape == (12, 3, 32, 48)
-    assert batch.images.is_contiguous()
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.kept_ids.shape == (12, 6)
     assert batch.masked_ids.shape == (12, 18)
     assert {getattr(batch, name).dtype for name in FIELDS[1:]} == {torch.int64}
@@ -234,6 +234,16 @@ def test_damage_found_by_crc_and_by_decoding_share_one_bound(url):
     load_rank(dataset, replace(CONFIG, max_bad_samples=2), 0, 1, 0, 8)
     with pytest.raises(ShardError, match=r"2 damaged samples .* data\.max_bad_samples \(1\)"):
         load_rank(dataset, replace(CONFIG, max_bad_samples=1), 0, 1, 0, 8)
+
+
+def test_too_many_bad_images_end_iteration_for_good(url):
+    for sample_id in (5, 6):
+        overwrite(url, sample_id, b"<html>", 0, fix_crc=True)
+    with Loader(open_dataset(str(url)), replace(CONFIG, max_bad_samples=1)) as loader:
+        with pytest.raises(ShardError, match="2 damaged samples"):
+            list(loader)
+        with pytest.raises(ShardError, match="2 damaged samples"):  # not the batch after it
+            next(loader)
 
 
 def test_a_truncated_shard_ends_iteration_with_its_name_and_the_original_traceback(url):
@@ -329,6 +339,31 @@ class SlowStore(Store):
         self.num_reads += 1
         time.sleep(0.5 if self.num_reads == 1 else 0)
         return super().read_range(path, offset, num_bytes)
+
+
+class HangingStore(Store):
+    """Answers `num_reads` reads; the others wait until `release` is set."""
+
+    num_reads = 0
+    release = threading.Event()
+
+    def read_range(self, path, offset, num_bytes):
+        self.num_reads -= 1
+        if self.num_reads < 0:
+            self.release.wait()
+        return super().read_range(path, offset, num_bytes)
+
+
+def test_a_batch_is_handed_out_before_the_bytes_of_the_next_one_are_there(url):
+    config = replace(CONFIG, shuffle_window_samples=2, fetch_bytes=1)  # a read a sample
+    with Loader(open_dataset(str(url)), config) as loader:
+        expected = [next(loader).images for _ in range(2)]
+    store = HangingStore(str(url))
+    store.num_reads = 2 * 12 + 6  # two steps, and some of the third
+    with Loader(Dataset(store, open_dataset(str(url)).manifest), config) as loader:
+        found = [next(loader).images for _ in range(2)]
+        store.release.set()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_stats_tell_a_slow_store(url):

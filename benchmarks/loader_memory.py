@@ -26,7 +26,7 @@ from PIL import Image
 from pipeline import DataConfig, Loader, open_dataset
 from pipeline.config import num_kept_patches
 from pipeline.dataset import INDEX_CACHE_BYTES
-from pipeline.decode import CPU_BATCH_SIZE
+from pipeline.decode import MAX_BATCH_SIZE
 from pipeline.errors import ManifestError
 from pipeline.listing import Listing, SampleRef
 from pipeline.write import write_dataset
@@ -104,8 +104,8 @@ def arithmetic() -> list[tuple[str, str, float]]:
         ),
         (
             "decoded crops",
-            f"{num_threads} threads x {CPU_BATCH_SIZE} x 375 x 500 x 3",
-            num_threads * CPU_BATCH_SIZE * 375 * 500 * 3,
+            f"({num_threads} threads + 1) x {MAX_BATCH_SIZE} x 375 x 500 x 3",
+            (num_threads + 1) * MAX_BATCH_SIZE * 375 * 500 * 3,
         ),
         ("shard indexes", f"{INDEX_CACHE_BYTES // 2**20} MiB, whatever the dataset", INDEX_CACHE_BYTES),
     ]

@@ -1,8 +1,8 @@
 """Encoded bytes to augmented images [B, 3, H, W]. The only file that imports DALI.
 
-On CPUs each thread has a DALI pipeline of its own. It decodes nothing but the crops of a few images, which torch then
-resizes on the same thread while they are in the processor's cache: its uint8 kernel does in 0.1 ms what DALI's cubic
-resize does in 1.4. So no thread waits for another, and none waits between two batches. With a GPU, DALI does all of it.
+On CPUs each thread has a DALI pipeline of its own, which decodes nothing but the crops of some images; torch then
+resizes them on the same thread: its uint8 kernel does in 0.1 ms what DALI's cubic resize does in 1.4. So no thread
+waits for another, and none waits between two batches. With a GPU, DALI does all of it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from pipeline.config import AugmentConfig
 
 Encoded = bytes | memoryview
 
-# Images that a pipeline takes at a time. On a CPU more of them leave its cache before they are resized, and their
-# buffers go back to the system and come back as fresh pages; fewer pay DALI's 0.2 ms a run too often.
-CPU_BATCH_SIZE, MIXED_BATCH_SIZE = 16, 32
+# Images that a pipeline takes at a time: fewer pay too often DALI's 0.2 ms a run, and waits for the interpreter's lock.
+MAX_BATCH_SIZE = 32
 # torch spreads a larger flip over threads of its own, beside ours (at::internal::GRAIN_SIZE).
 _FLIP_VALUES = 2**15 - 1
 
@@ -128,9 +127,9 @@ class Decoder:
     Args:
         config: image_size.
         device: `cpu`, or `mixed` for nvJPEG on a GPU.
-        num_threads: on a CPU, threads that each decode and resize; with a GPU, DALI's own.
-        max_batch_size: images that a pipeline takes at a time; None takes what was fastest. On a CPU it bounds the
-            memory for decoded crops to that many a thread.
+        num_threads: CPUs that are kept busy.
+        max_batch_size: images that a pipeline takes at a time. On a CPU there are `num_threads + 1` pipelines, which
+            bounds the memory for decoded crops.
         device_id: the GPU, for `mixed`.
         pin_memory: put the images of a CPU where a GPU can copy them from by itself.
     """
@@ -141,7 +140,7 @@ class Decoder:
         *,
         device: Literal["cpu", "mixed"],
         num_threads: int,
-        max_batch_size: int | None = None,
+        max_batch_size: int = MAX_BATCH_SIZE,
         device_id: int | None = None,
         pin_memory: bool = False,
     ) -> None:
@@ -150,8 +149,10 @@ class Decoder:
         self._pin_memory = pin_memory
         mixed = device == "mixed"
         self._device = torch.device("cuda", device_id or 0) if mixed else torch.device("cpu")
-        self._max_batch_size = max_batch_size or (MIXED_BATCH_SIZE if mixed else CPU_BATCH_SIZE)
-        num_lanes = 1 if mixed else num_threads
+        self._max_batch_size = max_batch_size
+        self._num_parts = 1 if mixed else num_threads  # of a small batch, so that it keeps all threads busy
+        # One more than CPUs: while one waits for the interpreter's lock, another one decodes.
+        num_lanes = 1 if mixed else num_threads + 1
 
         def build(batch_size: int) -> Any:
             if mixed:
@@ -189,8 +190,9 @@ class Decoder:
             pin_memory=self._pin_memory,
         )
         parts = []
-        for first in range(0, len(encoded), self._max_batch_size):
-            rows = np.arange(first, min(first + self._max_batch_size, len(encoded)))
+        size = min(-(-len(encoded) // self._num_parts), self._max_batch_size)
+        for first in range(0, len(encoded), max(size, 1)):
+            rows = np.arange(first, min(first + size, len(encoded)))
             parts.append(self._pool.submit(self._on_a_lane, _Lane.decode, encoded, crops, rows, images))
         return Decoding(images, parts)
 

@@ -48,7 +48,8 @@ class Size:
     """An epoch's; the photographs are repeated, so that the ends of an epoch weigh little."""
     batch_size: int = 64
     num_rounds: int = 5
-    num_sharded_images: int = 6000
+    num_sharded_images: int = 20_000
+    """2.2 GB, so that the start of the processes weighs little, as with a dataset."""
     num_sharding_rounds: int = 3
     num_compared_images: int = 1000
     num_first_batches: int = 3

@@ -1,4 +1,4 @@
-"""One encoded image, as it will be stored: proven to decode, in a format and a mode that training decodes."""
+"""One encoded image, as it will be stored: proven whole, in a format and a mode that training decodes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from pipeline.jpeg import read_jpeg_header
+
+Check = Literal["structure", "pixels"]
+"""How an image is proven whole: by what its file says of itself, or by decoding it."""
 
 MAX_IMAGE_BYTES = 2**28
 # Pillow's own limit against decompression bombs, a quarter GiB of RGB: the largest photographs pass.
@@ -42,8 +47,13 @@ class StoredImage:
     converted: bool
 
 
-def prepare_image(data: bytes, max_side: int | None = None) -> StoredImage:
-    """Decode an image fully, to prove it whole, and choose what is stored of it.
+def prepare_image(data: bytes, max_side: int | None = None, check: Check = "structure") -> StoredImage:
+    """Prove an image whole, and choose what is stored of it.
+
+    By its structure: a JPEG has a sane header, its tables, and an end of image after its last scan; all chunks of a PNG
+    are there and match their checksums; a WebP is as long as it says. Cut off files fail that, whatever is left of
+    them. Damage inside of a JPEG's or a WebP's pixels passes; most of it passes decoders as well. What is converted is
+    decoded either way.
 
     RGB and 8-bit grey JPEG, PNG and WebP are stored as they are, 16-bit RGB PNG and animated PNG (of which decoders
     show the first picture) among them. The rest is stored as an 8-bit RGB PNG: CMYK, palette, 1-bit and 16-bit grey
@@ -54,11 +64,12 @@ def prepare_image(data: bytes, max_side: int | None = None) -> StoredImage:
         data: the file.
         max_side: in pixels. An image with a longer side is made smaller until that has this length, and stored as a
             JPEG of quality 95 if it was a JPEG, otherwise as PNG. The same image gives the same bytes.
+        check: `pixels` decodes what is stored as it is, too. It costs ten times the time.
 
     Raises:
         BadImageError: the bytes are no image, or a damaged, too large or unsupported one.
     """
-    return _explained(data, lambda data: _prepare(data, max_side))
+    return _explained(data, lambda data: _prepare(data, max_side, check))
 
 
 def measure_image(data: bytes) -> tuple[int, int]:
@@ -92,18 +103,22 @@ def _explained(data: bytes, work: Callable[[bytes], _Result]) -> _Result:
         raise BadImageError(f"cannot be decoded: {reason}") from error
 
 
-def _prepare(data: bytes, max_side: int | None) -> StoredImage:
+def _prepare(data: bytes, max_side: int | None, check: Check) -> StoredImage:
+    if check == "structure" and (size := _jpeg_size(data)) is not None and max(size) <= (max_side or max(size)):
+        return StoredImage(data, "jpg", *size, converted=False)
     with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
-        width, height = _checked_size(image)
+        width, height = _checked_size(image.width, image.height)
         image_format = image.format or ""
         animated_webp = image_format == "WEBP" and getattr(image, "n_frames", 1) > 1
-        image.load()
-        if image_format == "PNG":
-            _check_png(data)
         extension = _KEPT_FORMATS.get(image_format)
-        if max_side is not None and max(width, height) > max_side:
+        too_large = max_side is not None and max(width, height) > max_side
+        kept = extension is not None and image.mode in _KEPT_MODES and not animated_webp and not too_large
+        if not kept or check == "pixels" or extension == "jpg":  # an odd JPEG
+            image.load()
+        _check_whole(data, image_format)
+        if max_side is not None and too_large:
             return _resized(image, max_side, "JPEG" if image_format in ("JPEG", "MPO") else "PNG")
-        if extension is not None and image.mode in _KEPT_MODES and not animated_webp:
+        if extension is not None and kept:
             return StoredImage(data, extension, height, width, converted=False)
         rgb = _to_rgb(image)
     rgb.info.clear()  # a colour profile or a transparent colour of the old mode would be wrong in the new one
@@ -113,13 +128,30 @@ def _prepare(data: bytes, max_side: int | None) -> StoredImage:
 
 
 def _measure(data: bytes) -> tuple[int, int]:
+    if (size := _jpeg_size(data)) is not None:
+        return size
     with Image.open(io.BytesIO(data), formats=_READ_FORMATS) as image:
-        width, height = _checked_size(image)
+        width, height = _checked_size(image.width, image.height)
         image_format, mode = image.format, image.mode
     if image_format == "GIF" or mode in (*_16_BIT_MODES, "I", "F"):
         raise BadImageError(
             f"{image_format} images with {mode} pixels cannot be trained on in place; `tarmac shard` converts most"
         )
+    _check_whole(data, image_format or "")
+    return height, width
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a whole and ordinary JPEG."""
+    header = read_jpeg_header(data)
+    if header is None:
+        return None
+    _checked_size(header.width, header.height)
+    return header.height, header.width
+
+
+def _check_whole(data: bytes, image_format: str) -> None:
+    """Refuse a file whose end is missing, as far as its format tells."""
     if image_format == "PNG":
         _check_png(data)
     # Between a start of scan and an end of image no such pair of bytes can be: data bytes of FF are stuffed with 00.
@@ -127,11 +159,9 @@ def _measure(data: bytes) -> tuple[int, int]:
         raise BadImageError("the JPEG is cut off: it has no end of image")
     if image_format == "WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
         raise BadImageError("the WebP is cut off")
-    return height, width
 
 
-def _checked_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
+def _checked_size(width: int, height: int) -> tuple[int, int]:
     if width * height > MAX_IMAGE_PIXELS:
         raise BadImageError(f"{width} x {height} pixels are more than an image may have ({MAX_IMAGE_PIXELS})")
     return width, height

@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 
 from pipeline.errors import ManifestError, ShardError
-from pipeline.images import MAX_IMAGE_BYTES, BadImageError, StoredImage, prepare_image
+from pipeline.images import MAX_IMAGE_BYTES, BadImageError, Check, StoredImage, prepare_image
 from pipeline.listing import SampleRef
 from pipeline.manifest import (
     BadSample,
@@ -33,6 +33,11 @@ NUM_READS_AHEAD = 8
 IDX_VERSION = "v1.2"
 
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
+_TAR_NAME_BYTES, _TAR_SIZE_BYTES, _TAR_SIZE_AT, _TAR_CHECKSUM_AT = 100, 11, 124, 148
+_EMPTY_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_EMPTY_CHECKSUM, _ZERO_SIZE = int(_EMPTY_HEADER[_TAR_CHECKSUM_AT : _TAR_CHECKSUM_AT + 6], 8), 11 * ord("0")
+# Written and hashed at a time: a call an image and more would cost as much as the copy.
+_WRITE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def another_plan_error(store: Store, path: str) -> ManifestError:
     """What to raise where a shard of another plan is."""
     return ManifestError(
         f"{store}/{path} belongs to an unfinished dataset of other images or with other settings (seed, "
-        f"shard_bytes, max_side); use another URL, or remove it first"
+        f"shard_bytes, max_side, check); use another URL, or remove it first"
     )
 
 
@@ -92,6 +97,7 @@ class ShardWriter:
     plan_digest: str
     max_bad: int
     max_side: int | None = None
+    check: Check = "structure"
 
     def run(self, task: ShardTask, stop: Flag) -> ShardResult:
         """Write a shard, or recognise that it is there.
@@ -136,7 +142,7 @@ class ShardWriter:
                     if stop.is_set():
                         raise StoppedError
                     try:
-                        rows.add(tar, ref, _prepare(ref, data, self.max_side))
+                        rows.add(tar, ref, _prepare(ref, data, self.max_side, self.check))
                     except BadImageError as error:
                         bad.append(BadSample(ref.where, str(error)))
                         if len(bad) > self.max_bad:
@@ -187,12 +193,12 @@ def _read(source: Source, ref: SampleRef) -> bytes | OSError:
         return error
 
 
-def _prepare(ref: SampleRef, data: bytes | OSError, max_side: int | None) -> StoredImage:
+def _prepare(ref: SampleRef, data: bytes | OSError, max_side: int | None, check: Check) -> StoredImage:
     if isinstance(data, OSError):
         raise BadImageError(f"cannot be read: {data.strerror or data}") from data
     if len(data) != ref.num_bytes and ref.group < 0:
         raise BadImageError(f"has {len(data)} bytes now, but had {ref.num_bytes} when it was listed")
-    return prepare_image(data, max_side)
+    return prepare_image(data, max_side, check)
 
 
 class TarWriter:
@@ -203,14 +209,13 @@ class TarWriter:
 
     def __init__(self, stream: Writer) -> None:
         self._stream = stream
+        self._waiting = bytearray()
         self.num_bytes = 0
         self.sha256 = hashlib.sha256()
 
     def add(self, name: str, data: bytes) -> int:
         """Append a file; returns the offset of its first byte."""
-        header = tarfile.TarInfo(name)  # mode 0644, and no time, owner or group
-        header.size = len(data)
-        self._append(header.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
+        self._append(tar_header(name, len(data)))
         offset = self.num_bytes
         self._append(data)
         self._append(bytes(-len(data) % _TAR_BLOCK))
@@ -220,11 +225,31 @@ class TarWriter:
         """Append the end-of-archive blocks, up to a whole record as tar writes them."""
         self._append(bytes(2 * _TAR_BLOCK))
         self._append(bytes(-self.num_bytes % _TAR_RECORD))
+        self._flush()
 
     def _append(self, data: bytes) -> None:
-        self._stream.write(data)
-        self.sha256.update(data)
+        self._waiting += data
         self.num_bytes += len(data)
+        if len(self._waiting) >= _WRITE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._stream.write(self._waiting)
+        self.sha256.update(self._waiting)
+        self._waiting.clear()
+
+
+def tar_header(name: str, num_bytes: int) -> bytes:
+    """The header of a file in a USTAR stream: mode 0644, and no time, owner or group. The same as tarfile's."""
+    encoded, size = name.encode("ascii"), b"%011o" % num_bytes
+    if len(encoded) > _TAR_NAME_BYTES or len(size) > _TAR_SIZE_BYTES:
+        header = tarfile.TarInfo(name)  # splits the name, or refuses it
+        header.size = num_bytes
+        return header.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    # What differs from file to file is name, size and checksum, a sum over all bytes.
+    checksum = b"%06o" % (_EMPTY_CHECKSUM + sum(encoded) + sum(size) - _ZERO_SIZE)
+    named = encoded + _EMPTY_HEADER[len(encoded) : _TAR_SIZE_AT] + size
+    return named + _EMPTY_HEADER[len(named) : _TAR_CHECKSUM_AT] + checksum + _EMPTY_HEADER[_TAR_CHECKSUM_AT + 6 :]
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ from uuid import uuid4
 
 from pipeline.errors import StoreError, StoreNotFoundError, StoreRefusedError
 from pipeline.store_backend import TEMPORARY_PREFIX, is_temporary
+
+SYNC_BYTES = 32 * 2**20
 
 
 class LocalBackend:
@@ -110,20 +113,44 @@ class LocalBackend:
 
 
 class LocalSink:
-    """A temporary file beside its target."""
+    """A temporary file beside its target. Of a long one the disk gets part after part while it is written."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.temporary = Path(path).parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
         self.temporary.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.temporary, "xb")  # noqa: SIM115 (closed by sync and abort)
+        self.num_unsynced = 0
+        self.syncing: threading.Thread | None = None
+        self.sync_error: OSError | None = None
 
     def append(self, data: memoryview) -> None:
         """Write on."""
         self.file.write(data)
+        self.num_unsynced += len(data)
+        if self.num_unsynced >= SYNC_BYTES and not (self.syncing and self.syncing.is_alive()):
+            self.num_unsynced = 0
+            self.file.flush()
+            self.syncing = threading.Thread(target=self.sync_written, name="tarmac-sync", daemon=True)
+            self.syncing.start()
+
+    def sync_written(self) -> None:
+        """Put what is written so far on the disk."""
+        try:
+            os.fdatasync(self.file.fileno())
+        except OSError as error:  # the system tells of it once
+            self.sync_error = error
+
+    def join(self) -> None:
+        """Wait for the sync that is under way."""
+        if self.syncing is not None:
+            self.syncing.join()
 
     def sync(self) -> None:
         """Put the bytes on the disk."""
+        self.join()
+        if self.sync_error is not None:
+            raise self.sync_error
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -136,6 +163,7 @@ class LocalSink:
 
     def abort(self) -> None:
         """Delete the temporary file."""
+        self.join()  # its file must not be another one by then
         self.file.close()
         self.temporary.unlink(missing_ok=True)
 

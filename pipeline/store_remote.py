@@ -9,6 +9,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -23,9 +24,9 @@ from pipeline.config import StoreConfig
 from pipeline.errors import StoreError, StoreNotFoundError, StoreRefusedError
 from pipeline.store_backend import TEMPORARY_PREFIX, Sink, is_temporary
 
-PART_BYTES = 16 * 2**20
+PART_BYTES = 64 * 2**20
 MAX_PARTS = 10_000
-"""Of an S3 multipart upload, so an object may have 156 GiB. Some servers want all parts equally long."""
+"""Of an S3 multipart upload, so an object may have 625 GiB. Some servers want all parts equally long."""
 SETTLE_S = 1.0
 """Creators on a store without conditional puts agree on one winner if their requests overlap by less."""
 CREATOR_KEY = "tarmac-creator"
@@ -331,13 +332,15 @@ class S3Backend(RemoteBackend):
 
 
 class S3Sink:
-    """A multipart upload; one PutObject if it all fits into a part."""
+    """A multipart upload, whose parts go out while the next one is filled; one PutObject if it all fits into a part."""
 
     def __init__(self, backend: S3Backend, path: str) -> None:
         self.backend, self.path = backend, path
         self.buffer = bytearray()
         self.parts: list[dict[str, Any]] = []
         self.upload: dict[str, str] = {}
+        self.threads = ThreadPoolExecutor(1, "tarmac-upload")
+        self.sending: Future[dict[str, Any]] | None = None
 
     def append(self, data: memoryview) -> None:
         """Upload a part whenever one is full."""
@@ -350,26 +353,39 @@ class S3Sink:
 
     def send_part(self) -> None:
         """Upload the buffer as the next part."""
-        if len(self.parts) == MAX_PARTS:
+        if len(self.parts) + 1 == MAX_PARTS:
             raise OSError(errno.EFBIG, f"object is longer than {MAX_PARTS} parts of {PART_BYTES} bytes")
         if not self.upload:
             answer = self.backend.call("create_multipart_upload", self.path)
             self.upload = {"UploadId": answer["UploadId"]}
-        number = len(self.parts) + 1
-        body = bytes(self.buffer)
+        self.finish_part()
+        self.sending = self.threads.submit(self.upload_part, len(self.parts) + 1, bytes(self.buffer))
+        self.buffer.clear()
+
+    def upload_part(self, number: int, body: bytes) -> dict[str, Any]:
+        """Upload one part; returns what completing the upload wants to know of it."""
         answer = self.backend.call("upload_part", self.path, PartNumber=number, Body=body, **self.upload)
         # AWS wants back the checksums that the AWS library chose to send.
         sums = {name: answer[name] for name in answer if name.startswith("Checksum") and name != "ChecksumType"}
-        self.parts.append({"PartNumber": number, "ETag": answer.get("ETag", ""), **sums})
-        self.buffer.clear()
+        return {"PartNumber": number, "ETag": answer.get("ETag", ""), **sums}
+
+    def finish_part(self) -> None:
+        """Wait for the part that is on its way."""
+        if self.sending is not None:
+            sending, self.sending = self.sending, None
+            self.parts.append(sending.result())
 
     def commit(self) -> None:
         """Upload the rest and complete."""
         if not self.upload:
+            self.threads.shutdown()
             self.backend.write(self.path, bytes(self.buffer))
             return
-        num_bytes = len(self.parts) * PART_BYTES + len(self.buffer)
+        num_last = len(self.buffer)
         self.send_part()
+        self.finish_part()
+        self.threads.shutdown()
+        num_bytes = (len(self.parts) - 1) * PART_BYTES + num_last
         try:
             parts = {"Parts": self.parts}
             self.backend.call("complete_multipart_upload", self.path, MultipartUpload=parts, **self.upload)
@@ -380,5 +396,6 @@ class S3Sink:
 
     def abort(self) -> None:
         """Delete the parts."""
+        self.threads.shutdown()  # a part that arrived after the abort would stay
         if self.upload:
             self.backend.call("abort_multipart_upload", self.path, **self.upload)

@@ -25,6 +25,7 @@ from typing import Any
 
 from pipeline.config import StoreConfig, require
 from pipeline.errors import ManifestError, SourceError
+from pipeline.images import Check
 from pipeline.listing import Listing, SampleRef
 from pipeline.manifest import FORMAT_VERSION, MANIFEST_PATH, BadSample, Manifest, read_manifest, write_manifest
 from pipeline.shards import Flag, ShardResult, ShardTask, ShardWriter, another_plan_error, shard_paths
@@ -58,6 +59,7 @@ def write_dataset(
     num_workers: int = 1,
     max_bad: int = 0,
     max_side: int | None = None,
+    check: Check = "structure",
     on_progress: Callable[[ShardDone], None] | None = None,
     store_config: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
 ) -> Manifest:
@@ -75,6 +77,7 @@ def write_dataset(
         num_workers: processes; 1 writes in this process.
         max_bad: unreadable files that may be left out.
         max_side: in pixels; images with a longer side are made smaller and encoded anew. None leaves them as they are.
+        check: how each image is proven whole: by its file's structure, or by decoding its pixels.
         on_progress: called after each shard, in no fixed order.
         store_config: how patient requests are.
 
@@ -96,14 +99,18 @@ def write_dataset(
     listing = source.scan()
     logger.info("%s: %d images, %d other files ignored", source, len(listing.refs), listing.num_ignored_files)
     shards = plan_shards(listing.refs, seed, shard_bytes)
-    digest = plan_digest(listing, seed, shard_bytes, max_side)
-    settings: dict[str, Any] = {"seed": seed, "shard_bytes": shard_bytes, "max_side": max_side, "plan_digest": digest}
+    require(check in ("structure", "pixels"), f"check ({check!r}) must be 'structure' or 'pixels'")
+    digest = plan_digest(listing, seed, shard_bytes, max_side, check)
+    settings: dict[str, Any] = {"seed": seed, "shard_bytes": shard_bytes, "max_side": max_side, "check": check}
+    settings |= {"plan_digest": digest}
     settings |= {"num_source_images": len(listing.refs), "num_ignored_files": listing.num_ignored_files}
     settings |= {"ignored_extensions": listing.ignored_extensions}
     if store.exists(MANIFEST_PATH):
         return _existing_manifest(store, settings)
     tasks = _tasks(store, shards, digest)
-    results = _write_shards(ShardWriter(source, store, digest, max_bad, max_side), tasks, num_workers, on_progress)
+    results = _write_shards(
+        ShardWriter(source, store, digest, max_bad, max_side, check), tasks, num_workers, on_progress
+    )
     manifest = _assemble(results, listing.classes, settings)
     store.remove_leftovers()
     write_manifest(store, manifest)
@@ -134,9 +141,11 @@ def plan_shards(refs: Iterable[SampleRef], seed: int, shard_bytes: int) -> list[
     return [*shards, tuple(shard)] if shard else shards
 
 
-def plan_digest(listing: Listing, seed: int, shard_bytes: int, max_side: int | None = None) -> str:
+def plan_digest(
+    listing: Listing, seed: int, shard_bytes: int, max_side: int | None = None, check: Check = "structure"
+) -> str:
     """Sha256 of all that decides a dataset's bytes, but for the images' content."""
-    plan = [FORMAT_VERSION, seed, shard_bytes, listing.classes] + ([] if max_side is None else [max_side])
+    plan = [FORMAT_VERSION, seed, shard_bytes, listing.classes, max_side, check]
     digest = hashlib.sha256(json.dumps(plan).encode())
     for ref in listing.refs:
         digest.update(f"\n{ref.key} {ref.num_bytes} {ref.label}".encode())
@@ -148,7 +157,7 @@ def _existing_manifest(store: Store, settings: dict[str, Any]) -> Manifest:
     if manifest.settings.get("plan_digest") == settings["plan_digest"]:
         logger.info("%s is complete already: %d samples", store, manifest.num_samples)
         return manifest
-    names = ("seed", "shard_bytes", "max_side", "num_source_images")
+    names = ("seed", "shard_bytes", "max_side", "check", "num_source_images")
     pairs = [(name, manifest.settings.get(name), settings[name]) for name in names]
     differing = [f"{name} ({old}, now {new})" for name, old, new in pairs if old != new]
     raise ManifestError(

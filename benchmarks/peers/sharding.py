@@ -14,10 +14,9 @@ from typing import Any
 
 from pipeline.sources import FolderSource
 from pipeline.store import Store
-from pipeline.write import write_dataset
+from pipeline.write import DEFAULT_SHARD_BYTES, write_dataset
 
-SHARD_BYTES = 64 * 2**20
-NUM_ROUNDS = 3
+SHARD_BYTES = DEFAULT_SHARD_BYTES
 
 
 def measure(folder: Path, work: Path, s3_url: str | None, num_workers: int, num_rounds: int) -> dict[str, float]:
@@ -63,6 +62,7 @@ def measure(folder: Path, work: Path, s3_url: str | None, num_workers: int, num_
                 Store(bucket).remove_tree(name)
                 Store(bucket).remove_tree(f"{name}-copy")
             for name, way in ways.items():
+                os.sync()  # what the way before left to be written must not be this one's burden
                 started = time.perf_counter()
                 way()
                 times[name].append(time.perf_counter() - started)
@@ -77,8 +77,13 @@ def _warm(_: int) -> None:
 
 def _copy_file(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
-    descriptor = os.open(target, os.O_RDONLY)
-    os.fsync(descriptor)  # ours are on the disk when they are done, too
+    _put_on_disk(target)
+
+
+def _put_on_disk(path: Path) -> None:
+    """Ours are on the disk when they are done: so are the others."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
     os.close(descriptor)
 
 
@@ -97,3 +102,5 @@ def _shard_writer(folder: Path, target: Path) -> None:
         for number, path in enumerate(sorted(folder.glob("*/*"))):
             label = int(path.parent.name.removeprefix("class"))
             sink.write({"__key__": f"{number:07d}", "jpg": path.read_bytes(), "cls": label})
+    for tar in target.glob("*.tar"):
+        _put_on_disk(tar)

@@ -1,43 +1,17 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
-import skimage.data
+from corpus import BAD, CONVERTED, KEPT, PHOTO, encoded, rotated_exif
+from hypothesis import given
+from hypothesis import strategies as st
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from pipeline.images import BadImageError, StoredImage, measure_image, prepare_image
-
-PHOTO = Image.fromarray(skimage.data.astronaut()).crop((100, 0, 253, 101))
-GREY = PHOTO.convert("L")
-WIDE = np.asarray(GREY).astype(np.uint16) * 257
-
-
-def encoded(image: Image.Image, image_format: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
-    return buffer.getvalue()
-
-
-def rotated_exif() -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
-    return exif
-
-
-def png_of_16_bit_rgb() -> bytes:
-    """Written by hand: Pillow reads such files, but does not write them."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    lines = b"".join(b"\0" + bytes(range(y, y + 42)) for y in range(5))  # [5, 7, 3] of two bytes
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+from pipeline.images import BadImageError, Check, StoredImage, measure_image, prepare_image
+from pipeline.jpeg import JpegHeader, read_jpeg_header
 
 
 def decode_with_dali(data: bytes) -> np.ndarray:
@@ -50,47 +24,14 @@ def decode_with_dali(data: bytes) -> np.ndarray:
     return np.array(images.at(0))
 
 
-KEPT = {
-    "jpeg": (encoded(PHOTO, "JPEG"), "jpg"),
-    "grey jpeg": (encoded(GREY, "JPEG"), "jpg"),
-    "progressive jpeg": (encoded(PHOTO, "JPEG", progressive=True), "jpg"),
-    "jpeg with rotation": (encoded(PHOTO, "JPEG", exif=rotated_exif()), "jpg"),
-    "jpeg with more after its end": (encoded(PHOTO, "JPEG") + b"more" * 9, "jpg"),
-    "jpeg of two pictures": (encoded(PHOTO, "MPO", save_all=True, append_images=[GREY.rotate(90)]), "jpg"),
-    "png": (encoded(PHOTO, "PNG"), "png"),
-    "grey png": (encoded(GREY, "PNG"), "png"),
-    "png with a transparent colour": (encoded(PHOTO, "PNG", transparency=(0, 0, 0)), "png"),
-    "animated png": (encoded(PHOTO, "PNG", save_all=True, append_images=[PHOTO.rotate(90)]), "png"),
-    "16-bit rgb png": (png_of_16_bit_rgb(), "png"),
-    "webp": (encoded(PHOTO, "WEBP"), "webp"),
-    "lossless webp": (encoded(PHOTO, "WEBP", lossless=True), "webp"),
-    "one pixel": (encoded(PHOTO.resize((1, 1)), "JPEG"), "jpg"),
-}
-SHADE = Image.new("L", PHOTO.size, 77)
-RGBA = Image.merge("RGBA", (*PHOTO.split(), SHADE))
-CONVERTED = {
-    "cmyk jpeg": (encoded(PHOTO.convert("CMYK"), "JPEG"), None),
-    "palette png": (encoded(PHOTO.quantize(16), "PNG"), PHOTO.quantize(16).convert("RGB")),
-    "png with alpha": (encoded(RGBA, "PNG"), PHOTO),
-    "grey png with alpha": (encoded(Image.merge("LA", (GREY, SHADE)), "PNG"), GREY.convert("RGB")),
-    "16-bit grey png": (encoded(Image.fromarray(WIDE), "PNG"), GREY.convert("RGB")),
-    "16-bit grey tiff": (encoded(Image.fromarray(WIDE), "TIFF"), GREY.convert("RGB")),
-    "black and white png": (encoded(PHOTO.convert("1"), "PNG"), PHOTO.convert("1").convert("RGB")),
-    "webp with alpha": (encoded(RGBA, "WEBP", lossless=True, exact=True), PHOTO),
-    "animated webp": (
-        encoded(PHOTO, "WEBP", lossless=True, save_all=True, append_images=[PHOTO.rotate(90)]),
-        PHOTO,
-    ),
-    "bmp": (encoded(PHOTO, "BMP"), PHOTO),
-    "tiff": (encoded(PHOTO, "TIFF", compression="tiff_lzw"), PHOTO),
-    "gif": (encoded(PHOTO.quantize(16), "GIF"), PHOTO.quantize(16).convert("RGB")),
-}
+CHECKS: tuple[Check, ...] = ("structure", "pixels")
 
 
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", KEPT)
-def test_what_training_decodes_is_kept_byte_for_byte(name: str) -> None:
+def test_what_training_decodes_is_kept_byte_for_byte(name: str, check: Check) -> None:
     data, extension = KEPT[name]
-    image = prepare_image(data)
+    image = prepare_image(data, check=check)
     decoded = decode_with_dali(image.data)
     assert image == StoredImage(data, extension, *decoded.shape[:2], converted=False)
     reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
@@ -121,38 +62,12 @@ def test_a_conversion_drops_the_old_colour_profile() -> None:
     assert "icc_profile" not in Image.open(io.BytesIO(image.data)).info
 
 
-def bomb() -> bytes:
-    """A PNG of 60,000 x 60,000 pixels in few bytes: its header says so."""
-    data = bytearray(encoded(Image.new("L", (8, 8)), "PNG"))
-    data[16:24] = struct.pack(">II", 60_000, 60_000)
-    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    return bytes(data)
-
-
-JPEG, PNG = encoded(PHOTO, "JPEG"), encoded(PHOTO, "PNG")
-BAD = {
-    "empty": (b"", "the file is empty"),
-    "text": (b"not an image\n", "no JPEG, PNG, WebP"),
-    "zeros": (bytes(1000), "no JPEG, PNG, WebP"),
-    "half a jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
-    "jpeg without its end": (JPEG[:-2], "truncated"),
-    "jpeg header": (JPEG[:300], "cannot be decoded|no JPEG"),
-    "half a png": (PNG[: len(PNG) // 2], "cannot be decoded"),
-    "png without its end": (PNG[:-12], "the PNG is cut off"),
-    "png with a wrong checksum": (PNG[:-1] + b"?", "checksum"),
-    "half a webp": (encoded(PHOTO, "WEBP")[:-20], "cannot be decoded"),
-    "half a gif": (encoded(PHOTO, "GIF")[:-2000], "truncated"),
-    "bomb": (bomb(), "pixels|decompression bomb"),
-    "large": (encoded(Image.new("1", (10_000, 9_000)), "PNG"), "10000 x 9000 pixels are more than"),
-    "float tiff": (encoded(GREY.convert("F"), "TIFF"), "32-bit pixels"),
-}
-
-
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_has_a_reason(name: str) -> None:
+def test_a_bad_file_has_a_reason(name: str, check: Check) -> None:
     data, reason = BAD[name]
     with pytest.raises(BadImageError, match=reason) as error:
-        prepare_image(data)
+        prepare_image(data, check=check)
     assert " at 0x" not in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -210,3 +125,40 @@ def test_an_image_in_place_is_measured_as_it_decodes_or_refused(name: str) -> No
 def test_a_bad_image_in_place_has_a_reason(name: str) -> None:
     with pytest.raises(BadImageError, match=r"cut off|pixels|empty|decoded|no JPEG|decompression bomb|checksum"):
         measure_image(BAD[name][0])
+
+
+def cuts(data: bytes) -> list[bytes]:
+    return [data[: len(data) * share // 8] for share in range(1, 8)] + [data[:-2], data[:-1]]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"exif": rotated_exif()}])
+def test_a_jpeg_that_is_cut_off_anywhere_is_refused(options: dict[str, object], check: Check) -> None:
+    whole = encoded(PHOTO, "JPEG", **options)
+    assert prepare_image(whole, check=check).data == whole
+    for data in cuts(whole):
+        with pytest.raises(BadImageError):
+            prepare_image(data, check=check)
+
+
+@pytest.mark.parametrize("name", [name for name, (data, _) in {**KEPT, **CONVERTED}.items() if data[:2] == b"\xff\xd8"])
+def test_the_header_of_a_jpeg_is_what_a_decoder_says(name: str) -> None:
+    data = {**KEPT, **CONVERTED}[name][0]
+    header = read_jpeg_header(data)
+    decoded = Image.open(io.BytesIO(data))
+    if decoded.mode == "CMYK":
+        assert header is None
+        return
+    assert header == JpegHeader(decoded.height, decoded.width, {"L": 1, "RGB": 3}[decoded.mode])
+    assert read_jpeg_header(data[:2] + b"\xff\xff" + data[3:]) == header  # fill bytes
+    frame = data.index(b"\xff\xc2" if "progressive" in name else b"\xff\xc0")
+    for marker in (0xC3, 0xC9):  # lossless; arithmetic codes
+        assert read_jpeg_header(data[: frame + 1] + bytes([marker]) + data[frame + 2 :]) is None
+    assert read_jpeg_header(data[: frame + 4] + b"\x0c" + data[frame + 5 :]) is None  # 12 bits
+    assert read_jpeg_header(data.replace(b"\xff\xdb", b"\xff\xee")) is None  # no tables
+
+
+@given(st.binary(max_size=300), st.integers(0, 400))
+def test_a_damaged_header_never_raises(noise: bytes, at: int) -> None:
+    data = KEPT["jpeg"][0]
+    read_jpeg_header(data[:at] + noise + data[at + len(noise) :])

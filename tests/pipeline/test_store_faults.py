@@ -118,7 +118,7 @@ def test_an_error_that_the_caller_swallows_is_no_commit(
 
     def swallow() -> None:
         with store.writer("gap") as stream, pytest.raises(StoreError, match="gave up"):
-            stream.write(noise(2 * PART_BYTES))
+            stream.write(noise(3 * PART_BYTES + 1))  # a part goes out while the next one is filled
 
     with pytest.raises(StoreError, match="an earlier write"):
         swallow()

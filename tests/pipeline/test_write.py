@@ -16,12 +16,15 @@ import google_crc32c
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.dataset import open_dataset
 from pipeline.errors import ManifestError, SourceError, StoreError
 from pipeline.listing import SampleRef
 from pipeline.manifest import Manifest, read_manifest
+from pipeline.shards import tar_header
 from pipeline.sources import FolderSource, TarSource, open_source
 from pipeline.store import Store
 from pipeline.verify import verify_dataset
@@ -164,7 +167,7 @@ def test_max_side_is_part_of_the_plan(small_photos: Path, tmp_path: Path, read_f
         with pytest.raises(ManifestError, match=rf"max_side \(80, now {other}\) differ"):
             write(small_photos, tmp_path / "dataset", max_side=other)
     (tmp_path / "dataset" / "manifest.json").unlink()
-    with pytest.raises(ManifestError, match=r"other settings \(seed, shard_bytes, max_side\)"):
+    with pytest.raises(ManifestError, match=r"other settings \(seed, shard_bytes, max_side, check\)"):
         write(small_photos, tmp_path / "dataset", max_side=79)
 
 
@@ -231,3 +234,26 @@ def test_the_real_photographs_go_through(imagenet_photos: Path, tmp_path: Path) 
         shards, rows = dataset.locate([sample_id])
         key = dataset.index(int(shards[0])).keys[rows[0]]
         assert dataset.sample_bytes(sample_id) == source.read(refs[key])
+
+
+@given(
+    name=st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=140),
+    num_bytes=st.integers(0, 2**33 - 1),
+)
+def test_tar_headers_are_those_of_tarfile(name: str, num_bytes: int) -> None:
+    expected = tarfile.TarInfo(name)
+    expected.size = num_bytes
+    try:
+        header = expected.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    except ValueError:
+        with pytest.raises(ValueError, match="name is too long"):
+            tar_header(name, num_bytes)
+    else:
+        assert tar_header(name, num_bytes) == header
+
+
+def test_the_check_is_part_of_the_plan(small_photos: Path, tmp_path: Path) -> None:
+    manifest = write(small_photos, tmp_path / "dataset")
+    assert manifest.settings["check"] == "structure"
+    with pytest.raises(ManifestError, match=r"check \(structure, now pixels\) differ"):
+        write(small_photos, tmp_path / "dataset", check="pixels")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import queue
 import threading
@@ -54,6 +55,16 @@ class Batch:
     num_micro_steps: int
     quarantined: tuple[Quarantined, ...] = ()
     """Samples of this micro-batch that were replaced."""
+    fetched_at: float = -math.inf
+    """When its last byte was here, by `time.perf_counter`: a wait before that is for bytes, after it for pixels."""
+    copy_s: float = 0.0
+    """Host time to hand its tensors to the device; on a GPU the copy itself goes on meanwhile."""
+
+    def to(self, device: torch.device) -> Batch:
+        """This batch with its tensors on `device`, and the host's time for that added to `copy_s`."""
+        started = time.perf_counter()
+        moved = _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, copy_s=self.copy_s + time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +155,7 @@ class Loader:
             self._end()  # whoever asks next gets the same answer
             raise StopIteration if self._error is None else self._error
         self._num_batches += 1
-        return _with_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+        return batch.to(self._device)
 
     def __enter__(self) -> Self:
         return self
@@ -182,10 +193,11 @@ class Loader:
         try:
             while not self._closed.is_set():
                 samples = self._reader.read_step()
+                fetched_at = time.perf_counter()
                 for micro_step in range(self.num_micro_steps):
                     # As np.array_split: as even as possible, the longer ones first.
                     size = -(-len(samples) // (self.num_micro_steps - micro_step))
-                    self._put(self._decode(samples[:size], step, micro_step))
+                    self._put(replace(self._decode(samples[:size], step, micro_step), fetched_at=fetched_at))
                     del samples[:size]
                 step += 1
         except BaseException as error:

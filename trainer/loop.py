@@ -155,14 +155,15 @@ def _update(
     weight = parallel.world_size() / config.data.global_batch_size
     for group in optimizer.param_groups:
         group["lr"] = lr
+    device = next(model.parameters()).device
     last = False
     while not last:
-        batch = _next_batch(batches, numbers, step)
+        batch = _next_batch(batches, numbers, step, device)
         last = batch.micro_step == batch.num_micro_steps - 1
         cast(FSDPModule, model).set_requires_gradient_sync(last)
         losses = _forward(config, model, batch)
         (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
-        numbers.add(losses, batch.sample_ids.to(losses.device, non_blocking=True))
+        numbers.add(losses, batch.sample_ids)
         quarantined += batch.quarantined
     numbers.measure_gradient(parallel.local_grad_norm(model))
     optimizer.step()
@@ -171,26 +172,23 @@ def _update(
     return quarantined
 
 
-def _next_batch(batches: Iterator[Batch], numbers: StepNumbers, step: int) -> Batch:
+def _next_batch(batches: Iterator[Batch], numbers: StepNumbers, step: int, device: torch.device) -> Batch:
+    """The next micro-batch, on the device; what it took is told to `numbers`."""
     started = time.perf_counter()
     batch = next(batches, None)
-    numbers.waited(time.perf_counter() - started)
     if batch is None or batch.step != step:
         given = "no more batches" if batch is None else f"a batch of step {batch.step}"
         raise TrainingError(f"the loader gave {given} when step {step} was due; start it at the resumed step")
+    batch = batch.to(device)
+    numbers.waited(started, time.perf_counter(), batch.fetched_at, batch.copy_s)
     return batch
 
 
 def _forward(config: TrainConfig, model: MAE, batch: Batch) -> Tensor:
     """The loss of each image of a micro-batch."""
-    device = next(model.parameters()).device
-    images = batch.images.to(device, non_blocking=True)
     augment = config.data.augment
-    losses: Tensor = model(
-        normalize(images, augment.mean, augment.std),
-        batch.kept_ids.to(device, non_blocking=True),
-        batch.masked_ids.to(device, non_blocking=True),
-    )
+    images = normalize(batch.images, augment.mean, augment.std)
+    losses: Tensor = model(images, batch.kept_ids, batch.masked_ids)
     return losses
 
 

@@ -333,8 +333,12 @@ class SlowStore(Store):
 
 def test_stats_tell_a_slow_store(url):
     dataset = Dataset(SlowStore(str(url)), open_dataset(str(url)).manifest)
+    started = time.perf_counter()
     with Loader(dataset, CONFIG) as loader:
-        next(loader)
+        batch = next(loader)
+        ended = time.perf_counter()
         stats = loader.stats()
     assert stats.wait_s > 0.4
     assert stats.fetch_wait_s > 0.4
+    assert started + 0.4 < batch.fetched_at < ended
+    assert 0 < batch.copy_s < ended - batch.fetched_at

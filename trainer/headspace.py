@@ -27,6 +27,7 @@ Limit = Literal["model", "pipeline", "cpus"]
 _SMALL_SHARE = 0.05
 # Patches, of all images of a step. A CPU takes a second or two for so many with ViT-B.
 _CPU_PATCHES = 16 * 196
+_LEAST_LOADER_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +172,7 @@ def measure_headspace(
         num_steps=num_steps,
         images_per_step=batch,
         model_images_per_s=images / statistics.median(alone),
-        loader_images_per_s=images / statistics.median(loader_only),
+        loader_images_per_s=batch / statistics.median(loader_only),
         together_images_per_s=images / statistics.median(together),
         fetch_wait_share=shares[0],
         decode_wait_share=shares[1],
@@ -215,15 +216,17 @@ class _Trial:
         return seconds, (fetch, decode, copy, model)
 
     def load(self, loader: Loader) -> float:
-        """Seconds for as many batches."""
+        """Seconds a step, over as many batches, or more: a loader works in bursts, which a short time would show."""
         for _ in range(self._num_warmup):
             next(loader)
         self._finish_copies()
         started = time.perf_counter()
-        for _ in range(self.num_steps):
+        num_steps = 0
+        while num_steps < self.num_steps or time.perf_counter() - started < _LEAST_LOADER_S:
             next(loader)
+            num_steps += 1
         self._finish_copies()
-        return time.perf_counter() - started
+        return (time.perf_counter() - started) / num_steps
 
     def _update(self, batches: Iterator[Batch], numbers: StepNumbers, step: int) -> None:
         # At a rate of 0 the weights stay, and the work is the same.

@@ -84,8 +84,9 @@ class Headspace:
             return f"the model is the limit: the pipeline could feed {self.headspace:.1f} x as much"
         if self.limit == "cpus":
             return (
-                f"the CPUs are the limit: the model runs at {self.fed_share:.0%} of its speed, though it never waits "
-                f"for images: the loader alone could feed {self.headspace:.1f} x as much, but they share the CPUs. Use more CPUs"
+                f"the CPUs are the limit: the model runs at {self.fed_share:.0%} of its speed, though it hardly waits "
+                f"for images: the loader alone could feed {self.headspace:.1f} x as much, but they share the CPUs. "
+                "Use more CPUs"
             )
         found = f"the pipeline is the limit: the model runs at {self.fed_share:.0%} of its speed"
         if self.fetch_wait_share > self.decode_wait_share:

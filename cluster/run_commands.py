@@ -48,7 +48,8 @@ class PretrainOptions:
 
 def pretrain(arguments: list[str]) -> int:
     """Pretrain a masked autoencoder; the same command again resumes."""
-    recipe, arguments = _take_recipe(arguments)
+    usage = "pretrain RECIPE --data DATASET --run RUN [--num-workers N] [field overrides]"
+    recipe, arguments = take_recipe("pretrain", arguments, usage, PretrainOptions.__doc__ or "")
     default = PretrainOptions(data=tyro.MISSING, run=tyro.MISSING, train=recipes.get(recipe))
     options = parse(PretrainOptions, arguments, f"pretrain {recipe}", default)
     return _train(job_of(options))
@@ -117,19 +118,29 @@ def _is_finished(run: Store, total: int) -> bool:
     return commit is not None and commit.step == total
 
 
-def _take_recipe(arguments: list[str]) -> tuple[str, list[str]]:
-    """The recipe, and the arguments after it. `--help` in its place lists the recipes and ends the process."""
+def take_recipe(command: str, arguments: list[str], usage: str, summary: str) -> tuple[str, list[str]]:
+    """The recipe, and the arguments after it. `--help` in its place lists the recipes and ends the process.
+
+    Args:
+        command: its name, for messages.
+        arguments: the words after the command.
+        usage: what `--help` shows as the command's form.
+        summary: what it says about the command.
+
+    Raises:
+        UsageError: no recipe, or an unknown one.
+    """
     known = ", ".join(recipes.names())
     if arguments and arguments[0] in ("-h", "--help"):
         console = Console()
-        say(console, "usage: tarmac pretrain RECIPE --data DATASET --run RUN [--num-workers N] [field overrides]\n")
-        say(console, f"{PretrainOptions.__doc__}\nRecipes:")
+        say(console, f"usage: tarmac {usage}\n")
+        say(console, f"{summary}\nRecipes:")
         for name in recipes.names():
             say(console, f"  {name:<20} {recipes.summary(name)}")
-        say(console, "\ntarmac pretrain RECIPE --help lists every field, with the recipe's values.")
+        say(console, f"\ntarmac {command} RECIPE --help lists every field, with the recipe's values.")
         raise SystemExit(0)
     if not arguments or arguments[0].startswith("-"):
-        raise UsageError(f"pretrain needs a recipe first; known are {known}")
+        raise UsageError(f"{command} needs a recipe first; known are {known}")
     if arguments[0] not in recipes.names():
         raise UsageError(f"unknown recipe {arguments[0]!r}; known are {known}")
     return arguments[0], arguments[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import queue
 import threading
@@ -53,6 +54,16 @@ class Batch:
     num_micro_steps: int
     quarantined: tuple[Quarantined, ...] = ()
     """Samples of this micro-batch that were replaced."""
+    fetched_at: float = -math.inf
+    """When its last byte was here, by `time.perf_counter`: a wait before that is for bytes, after it for pixels."""
+    copy_s: float = 0.0
+    """Host time to hand its tensors to the device; on a GPU the copy itself goes on meanwhile."""
+
+    def to(self, device: torch.device) -> Batch:
+        """This batch with its tensors on `device`, and the host's time for that added to `copy_s`."""
+        started = time.perf_counter()
+        moved = _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, copy_s=self.copy_s + time.perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +173,7 @@ class Loader:
             self._failure = error  # whoever asks again gets the same answer
             raise
         self._num_batches += 1
-        return _with_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+        return batch.to(self._device)
 
     def _next(self) -> Batch:
         asked = time.perf_counter()
@@ -211,10 +222,11 @@ class Loader:
         try:
             while not self._closed.is_set():
                 samples = self._reader.read_step()
+                fetched_at = time.perf_counter()
                 for micro_step in range(self.num_micro_steps):
                     # As np.array_split: as even as possible, the longer ones first.
                     size = -(-len(samples) // (self.num_micro_steps - micro_step))
-                    self._put(self._start(samples[:size], step, micro_step))
+                    self._put(self._start(samples[:size], step, micro_step, fetched_at))
                     del samples[:size]
                 step += 1
         except Exception as error:
@@ -234,13 +246,16 @@ class Loader:
         with suppress(queue.Full):
             self._queue.put_nowait(None)
 
-    def _start(self, samples: list[EncodedSample], step: int, micro_step: int) -> _Started:
+    def _start(self, samples: list[EncodedSample], step: int, micro_step: int, fetched_at: float) -> _Started:
         decoding = self._decoder.start([sample.data for sample in samples], self._crops(samples))
         for sample in samples:
             sample.data = b""  # the decoder drops the bytes when it is done: a batch that waits must not hold them
-        return _Started(self._batch(decoding.images, samples, step, micro_step), samples, decoding)
+        batch = self._batch(decoding.images, samples, step, micro_step, fetched_at)
+        return _Started(batch, samples, decoding)
 
-    def _batch(self, images: Tensor, samples: list[EncodedSample], step: int, micro_step: int) -> Batch:
+    def _batch(
+        self, images: Tensor, samples: list[EncodedSample], step: int, micro_step: int, fetched_at: float
+    ) -> Batch:
         ids = _column([sample.sample_id for sample in samples])
         epochs = _column([sample.epoch for sample in samples])
         kept, masked = draw_masks(self._config.augment, self._config.seed, epochs, ids)
@@ -253,6 +268,7 @@ class Loader:
             step=step,
             micro_step=micro_step,
             num_micro_steps=self.num_micro_steps,
+            fetched_at=fetched_at,
             quarantined=tuple(
                 Quarantined(step, sample.wanted_id, sample.sample_id, sample.reason)
                 for sample in samples
@@ -271,7 +287,7 @@ class Loader:
                 samples[index] = self._replace(samples[index], reason, batch.images[index])
         except (CancelledError, ReaderClosedError):  # closed meanwhile, by another thread
             raise StopIteration from None
-        return self._batch(batch.images, samples, batch.step, batch.micro_step)
+        return self._batch(batch.images, samples, batch.step, batch.micro_step, batch.fetched_at)
 
     def _replace(self, sample: EncodedSample, reason: str, image: Tensor) -> EncodedSample:
         """The first replacement of a sample that can be decoded; its pixels go to `image` [3, H, W]."""

@@ -9,13 +9,10 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from pipeline.errors import StoreError
@@ -24,10 +21,11 @@ from trainer import checkpoint, parallel
 from trainer.checkpoint import Commit
 from trainer.config import TrainConfig, num_steps
 from trainer.errors import TrainingError
-from trainer.mae import MAE, build_mae, normalize
+from trainer.mae import MAE
 from trainer.metrics import RunLog, SilentLog, StepRecord, attempt_directory
-from trainer.optim import build_optimizer, learning_rate
+from trainer.optim import learning_rate
 from trainer.step_numbers import StepNumbers
+from trainer.update import build, update
 
 if TYPE_CHECKING:
     from pipeline.loader import Batch
@@ -84,7 +82,7 @@ def train(
     if step >= total_steps:
         return StopReason.FINISHED
     with parallel.process_mesh(device) as mesh, _open_log(config, run, attempt, on_metrics) as log:
-        model, optimizer = _build(config, device, mesh)
+        model, optimizer = build(config, device, mesh)
         if resume_from is not None:
             checkpoint.load(run, resume_from, model, optimizer)
         _log_start(log, attempt, resume_from)
@@ -95,7 +93,7 @@ def train(
 
         while step < total_steps and not stopping:
             lr = learning_rate(config, step, total_steps)
-            quarantined += _update(config, model, optimizer, batches, numbers, step=step, lr=lr)
+            quarantined += update(config, model, optimizer, batches, numbers, step=step, lr=lr)
             step += 1
 
             look_due = step % config.log.every_steps == 0 or step == total_steps
@@ -130,68 +128,6 @@ def _log_start(log: RunLog, attempt: int, resume_from: Commit | None) -> None:
         pids=[pid for pid, _ in processes],
         hosts=[host for _, host in processes],
     )
-
-
-def _build(config: TrainConfig, device: torch.device, mesh: DeviceMesh) -> tuple[MAE, Optimizer]:
-    model = build_mae(config).to(device)
-    parallel.shard_model(model, config.parallel, mesh)
-    return model, build_optimizer(config, model)
-
-
-def _update(
-    config: TrainConfig,
-    model: MAE,
-    optimizer: Optimizer,
-    batches: Iterator[Batch],
-    numbers: StepNumbers,
-    *,
-    step: int,
-    lr: float,
-) -> list[Quarantined]:
-    """One optimizer step over all its micro-batches; returns the samples that were replaced in them."""
-    quarantined: list[Quarantined] = []
-    # FSDP takes the mean over the ranks of what each adds up. They may hold different numbers of images, so each
-    # weighs an image by the world size over the global batch: the mean over the batch then comes out exactly.
-    weight = parallel.world_size() / config.data.global_batch_size
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    last = False
-    while not last:
-        batch = _next_batch(batches, numbers, step)
-        last = batch.micro_step == batch.num_micro_steps - 1
-        cast(FSDPModule, model).set_requires_gradient_sync(last)
-        losses = _forward(config, model, batch)
-        (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
-        numbers.add(losses, batch.sample_ids.to(losses.device, non_blocking=True))
-        quarantined += batch.quarantined
-    numbers.measure_gradient(parallel.local_grad_norm(model))
-    optimizer.step()
-    optimizer.zero_grad()
-    numbers.end_step(step + 1, lr)
-    return quarantined
-
-
-def _next_batch(batches: Iterator[Batch], numbers: StepNumbers, step: int) -> Batch:
-    started = time.perf_counter()
-    batch = next(batches, None)
-    numbers.waited(time.perf_counter() - started)
-    if batch is None or batch.step != step:
-        given = "no more batches" if batch is None else f"a batch of step {batch.step}"
-        raise TrainingError(f"the loader gave {given} when step {step} was due; start it at the resumed step")
-    return batch
-
-
-def _forward(config: TrainConfig, model: MAE, batch: Batch) -> Tensor:
-    """The loss of each image of a micro-batch."""
-    device = next(model.parameters()).device
-    images = batch.images.to(device, non_blocking=True)
-    augment = config.data.augment
-    losses: Tensor = model(
-        normalize(images, augment.mean, augment.std),
-        batch.kept_ids.to(device, non_blocking=True),
-        batch.masked_ids.to(device, non_blocking=True),
-    )
-    return losses
 
 
 def _report(log: RunLog, numbers: StepNumbers, quarantined: list[Quarantined]) -> None:

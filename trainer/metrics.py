@@ -40,8 +40,22 @@ class StepRecord(TypedDict):
     """2-norm of the gradient over all parameters."""
     images_per_s: float
     data_wait_s: float
-    """Longest time that a rank waited for its images in this step."""
+    """Time that the model waited for its images: `fetch_wait_s + decode_wait_s`.
+
+    This and the times below are those of the rank that waited longest in this step: the others wait for it in the
+    collectives, and would show its wait as their model's time.
+    """
+    fetch_wait_s: float
+    """The part of `data_wait_s` before the bytes had arrived."""
+    decode_wait_s: float
+    """The rest of it: the bytes were there, the pixels were not."""
+    copy_s: float
+    """Host time to hand the batches to the device. On a GPU the copies themselves go on while the host does not wait,
+    and what they cost is part of `model_s`."""
+    model_s: float
+    """The rest of the step: forward, backward, the collectives with their waits for other ranks, the update."""
     step_s: float
+    """`data_wait_s + copy_s + model_s`."""
     time: float
     """When the step ended, in seconds since 1970."""
     sample_ids_digest: str

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -37,6 +36,20 @@ def _shift_right(values: Tensor, bits: int) -> Tensor:
 
 
 @dataclass
+class _Spent:
+    """Where a step's time went on one rank, in seconds; the model has the rest."""
+
+    fetch_wait_s: float = 0.0
+    decode_wait_s: float = 0.0
+    copy_s: float = 0.0
+    step_s: float = 0.0
+
+    @property
+    def data_wait_s(self) -> float:
+        return self.fetch_wait_s + self.decode_wait_s
+
+
+@dataclass
 class _Step:
     """One optimizer step on this rank; tensors are scalars on the device."""
 
@@ -45,8 +58,7 @@ class _Step:
     loss_sum: Tensor
     digest: Tensor
     grad_norm: Tensor
-    data_wait_s: float
-    step_s: float
+    spent: _Spent
     time: float
 
 
@@ -64,16 +76,29 @@ class StepNumbers:
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         self._digest = torch.zeros((), dtype=torch.int64, device=self._device)
         self._grad_norm = torch.zeros((), device=self._device)
-        self._data_wait_s = 0.0
+        self._spent = _Spent()
         self._started = time.perf_counter()
 
     def restart_clock(self) -> None:
         """Begin the current step's time now: what came before was no part of a step."""
         self._started = time.perf_counter()
 
-    def waited(self, seconds: float) -> None:
-        """Add a wait for data to the current step."""
-        self._data_wait_s += seconds
+    def waited(self, started: float, ended: float, fetched_at: float, copy_s: float) -> None:
+        """Add the time that a batch took to arrive to the current step.
+
+        Args:
+            started: when the model asked for it, by `time.perf_counter`.
+            ended: when it had it, on the device.
+            fetched_at: when its last byte was there. The wait before it was for bytes, the wait after it for pixels;
+                a batch whose bytes came before it was asked for has none of the first.
+            copy_s: the part of the time that copying took, at its end.
+        """
+        copy_s = min(copy_s, ended - started)
+        wait_s = ended - started - copy_s
+        fetch_wait_s = min(max(fetched_at - started, 0.0), wait_s)
+        self._spent.fetch_wait_s += fetch_wait_s
+        self._spent.decode_wait_s += wait_s - fetch_wait_s
+        self._spent.copy_s += copy_s
 
     def add(self, losses: Float[Tensor, " B"], sample_ids: Int[Tensor, " B"]) -> None:
         """Add a micro-batch to the current step."""
@@ -86,6 +111,7 @@ class StepNumbers:
 
     def end_step(self, step: int, lr: float) -> None:
         """End the current step: `step` updates are complete, this one included, made at the rate `lr`."""
+        self._spent.step_s = time.perf_counter() - self._started
         self._steps.append(
             _Step(
                 step=step,
@@ -93,8 +119,7 @@ class StepNumbers:
                 loss_sum=self._loss_sum,
                 digest=self._digest,
                 grad_norm=self._grad_norm,
-                data_wait_s=self._data_wait_s,
-                step_s=time.perf_counter() - self._started,
+                spent=self._spent,
                 time=time.time(),
             )
         )
@@ -114,21 +139,21 @@ class StepNumbers:
         self._share_wait(steps)
         sums = parallel.all_reduce(packed[:, :2].contiguous().view(torch.float64))
         digests = parallel.all_reduce(packed[:, 2].contiguous())
-        waits = torch.tensor([step.data_wait_s for step in steps], dtype=torch.float64)
-        waits = parallel.all_reduce(waits, dist.ReduceOp.MAX)
+        ranks = parallel.gather([step.spent for step in steps])
+        slowest = [max(spent, key=lambda one: one.data_wait_s) for spent in zip(*ranks, strict=True)]
         return [
             self._record(step, *numbers)
-            for step, *numbers in zip(steps, *sums.T.tolist(), digests.tolist(), waits.tolist(), strict=True)
+            for step, *numbers in zip(steps, *sums.T.tolist(), digests.tolist(), slowest, strict=True)
         ]
 
     def _share_wait(self, steps: list[_Step]) -> None:
         """A GPU works off what the host has queued: what is waited for in the end was time of all the steps."""
         waited_s = (time.perf_counter() - self._started) / len(steps)
         for step in steps:
-            step.step_s += waited_s
+            step.spent.step_s += waited_s
         self.restart_clock()
 
-    def _record(self, step: _Step, loss_sum: float, square_norm: float, digest: int, wait_s: float) -> StepRecord:
+    def _record(self, step: _Step, loss_sum: float, square_norm: float, digest: int, spent: _Spent) -> StepRecord:
         batch = self._config.data.global_batch_size
         samples_seen = step.step * batch
         return StepRecord(
@@ -138,9 +163,13 @@ class StepNumbers:
             loss=loss_sum / batch,
             lr=step.lr,
             grad_norm=square_norm**0.5,
-            images_per_s=batch / step.step_s,
-            data_wait_s=wait_s,
-            step_s=step.step_s,
+            images_per_s=batch / spent.step_s,
+            data_wait_s=spent.data_wait_s,
+            fetch_wait_s=spent.fetch_wait_s,
+            decode_wait_s=spent.decode_wait_s,
+            copy_s=spent.copy_s,
+            model_s=spent.step_s - spent.data_wait_s - spent.copy_s,
+            step_s=spent.step_s,
             time=step.time,
             sample_ids_digest=f"{digest % 2**64:016x}",
         )

@@ -59,10 +59,42 @@ def fails(capsys, arguments, code, *parts):
     assert "Traceback" not in words
 
 
+def test_bench_pipeline_measures_the_three_and_says_which_is_the_limit(dataset, capsys, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    options = ["--num-rounds", "1", "--num-steps", "2", "--micro-batch-size", "4", "--json"]
+    assert main(["bench", "pipeline", "demo", "--data", dataset, *TINY, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["recipe"], found["images_per_step"], found["decode_device"]) == ("demo", 4, "cpu")
+    speeds = [found[f"{name}_images_per_s"] for name in ("model", "loader", "together")]
+    assert min(speeds) > 0
+    assert found["headspace"] == speeds[1] / speeds[0]
+    shares = [found[f"{name}_share"] for name in ("fetch_wait", "decode_wait", "copy", "model")]
+    assert min(shares) >= 0
+    assert sum(shares) == pytest.approx(1)
+    assert found["limit"] in ("model", "pipeline", "cpus")
+    assert "the limit" in found["verdict"]
+    assert sorted(tmp_path.rglob("*")) == before  # it writes nothing
+
+
+def test_bench_refuses_what_it_does_not_know(capsys, tmp_path):
+    fails(capsys, ["bench"], 2, "bench needs what to measure first", "pipeline")
+    fails(capsys, ["bench", "coffee"], 2, "unknown benchmark 'coffee'", "pipeline")
+    fails(capsys, ["bench", "pipeline", "mae_gigantic", "--data", "x"], 2, "unknown recipe 'mae_gigantic'")
+    fails(capsys, ["bench", "pipeline", "demo"], 2, "--data")
+    fails(capsys, ["bench", "pipeline", "demo", "--data", "x", "--num-steps", "0"], 2, "--num-steps (0)")
+    fails(capsys, ["bench", "pipeline", "demo", "--data", "x", "--micro-batch-size", "0"], 2, "--micro-batch-size (0)")
+    fails(capsys, ["bench", "pipeline", "demo", "--data", tmp_path / "nothing"], 1, "manifest")
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "pipeline", "demo", "--help"])
+    assert stop.value.code == 0
+    assert "Example: tarmac bench pipeline" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
 def test_help_names_every_command_and_every_command_shows_an_example(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("shard", "verify", "inspect", "pretrain", "reconstruct", "curve"):
+    for command in ("shard", "verify", "inspect", "pretrain", "reconstruct", "curve", "bench"):
         assert command in overview
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

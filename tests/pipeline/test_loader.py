@@ -368,8 +368,12 @@ def test_a_batch_is_handed_out_before_the_bytes_of_the_next_one_are_there(url):
 
 def test_stats_tell_a_slow_store(url):
     dataset = Dataset(SlowStore(str(url)), open_dataset(str(url)).manifest)
+    started = time.perf_counter()
     with Loader(dataset, CONFIG) as loader:
-        next(loader)
+        batch = next(loader)
+        ended = time.perf_counter()
         stats = loader.stats()
     assert stats.wait_s > 0.4
     assert stats.fetch_wait_s > 0.4
+    assert started + 0.4 < batch.fetched_at < ended
+    assert 0 < batch.copy_s < ended - batch.fetched_at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from pipeline.loader import Batch
 from pipeline.order import Order
 from pipeline.reader import Quarantined
 from pipeline.store import Store
-from trainer import checkpoint
+from trainer import checkpoint, parallel
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.loop import StopReason, train
 from trainer.mae import build_mae, normalize
 from trainer.metrics import read_events, read_metrics
 from trainer.optim import build_optimizer, learning_rate
+from trainer.step_numbers import StepNumbers
 
 
 def checkpoint_files(run: Path, step: int) -> dict[str, bytes]:
@@ -127,6 +129,54 @@ def test_a_record_says_what_the_step_was(tmp_path: Path) -> None:
     ids = Order(SAMPLES_PER_SHARD, config.data).step_sample_ids(2)
     assert told.records[2]["sample_ids_digest"] == f"{sum(_splitmix(int(i)) for i in ids) % 2**64:016x}"
     assert all(record["step_s"] > 0 and record["data_wait_s"] > 0 for record in told.records)
+
+
+def _parts(record: Any) -> list[float]:
+    return [record[name] for name in ("fetch_wait_s", "decode_wait_s", "copy_s", "model_s")]
+
+
+def test_a_wait_is_charged_to_what_was_waited_for_and_the_parts_add_up_to_the_step(tmp_path: Path) -> None:
+    def slow(batch: Batch) -> Batch:
+        fetch_s, decode_s = {2: (0.3, 0.0), 4: (0.0, 0.3), 6: (0.15, 0.3)}.get(batch.step, (0.0, 0.0))
+        time.sleep(fetch_s)
+        fetched_at = time.perf_counter()
+        time.sleep(decode_s)
+        return dataclasses.replace(batch, fetched_at=fetched_at)
+
+    records = train_attempt(str(tmp_path), tiny_config(log_every_steps=1), change=slow).records
+    for record in records:
+        assert min(_parts(record)) >= 0
+        assert sum(_parts(record)) == pytest.approx(record["step_s"], rel=1e-9)
+        assert record["fetch_wait_s"] + record["decode_wait_s"] == pytest.approx(record["data_wait_s"], rel=1e-9)
+    assert records[2]["fetch_wait_s"] >= 0.3 > records[2]["decode_wait_s"]
+    assert records[4]["decode_wait_s"] >= 0.3 > records[4]["fetch_wait_s"]
+    assert records[6]["fetch_wait_s"] >= 0.15
+    assert records[6]["decode_wait_s"] >= 0.3
+
+
+@pytest.mark.slow
+def test_a_record_has_the_times_of_the_rank_that_waited_longest(tmp_path: Path) -> None:
+    told = run_ranks(_train_with_slow_rank, 2, str(tmp_path))
+    for record in told[0].records:
+        assert sum(_parts(record)) == pytest.approx(record["step_s"], rel=1e-9)
+        assert record["decode_wait_s"] >= 0.2  # rank 1's; rank 0 waits for it in the model
+
+
+def _train_with_slow_rank(url: str) -> Told:
+    def slow(batch: Batch) -> Batch:
+        time.sleep(0.2 * parallel.rank())
+        return batch
+
+    return train_attempt(url, tiny_config(num_steps=2, log_every_steps=1), change=slow)
+
+
+def test_a_batch_that_was_ready_is_no_wait_for_bytes_however_late_they_came() -> None:
+    numbers = StepNumbers(tiny_config(), NUM_SAMPLES, CPU)
+    numbers.waited(started=100.0, ended=100.5, fetched_at=99.0, copy_s=0.125)
+    numbers.add(torch.zeros(8), torch.arange(8))
+    numbers.end_step(1, 0.0)
+    (record,) = numbers.read()
+    assert (record["fetch_wait_s"], record["decode_wait_s"], record["copy_s"]) == (0.0, 0.375, 0.125)
 
 
 def _splitmix(value: int) -> int:

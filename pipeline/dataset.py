@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import DataConfig, StoreConfig
-from pipeline.errors import ShardError, StoreNotFoundError
+from pipeline.errors import ShardError, StoreChangedError, StoreNotFoundError
 from pipeline.manifest import Manifest, ShardIndex, read_index, read_manifest, tar_path
 from pipeline.order import Order
 from pipeline.store import Store
+from pipeline.store_backend import Pin
 
 Int64 = npt.NDArray[np.int64]
 _Load = Callable[[int], ShardIndex]
@@ -42,6 +43,7 @@ class Dataset:
         self._ends = np.cumsum(self.samples_per_shard)
         self._indexes = _IndexCache(index_cache_bytes)
         self._order: tuple[DataConfig, Order] | None = None
+        self._pins: dict[int, Pin] = {}  # of the shards that were read
 
     def __reduce__(self) -> tuple[type[Self], tuple[Store, Manifest]]:
         return type(self), (self.store, self.manifest)
@@ -148,13 +150,17 @@ class Dataset:
         path = tar_path(info.name)
         remedy = f"run `tarmac verify {self.store}` and restore the shard"
         try:
-            data = self.store.read_range(path, offset, num_bytes)
+            data = self.store.read_range(path, offset, num_bytes, self._pins.setdefault(shard, Pin()))
             if len(data) == num_bytes:
                 return data
             found = self.store.size(path)
         except StoreNotFoundError as error:
             raise ShardError(
                 f"{self.store}/{path} is missing; it should hold {info.num_bytes} bytes; {remedy}"
+            ) from error
+        except StoreChangedError as error:
+            raise ShardError(
+                f"{error}; the dataset was written anew while it was read: restore it, or start a new run"
             ) from error
         raise ShardError(
             f"{self.store}/{path} should hold {info.num_bytes} bytes and holds {found}; a read of {num_bytes} bytes at "

@@ -13,6 +13,10 @@ class StoreRefusedError(StoreError):
     """Object storage knows us and says no, does not know us, or will not give out an archived object."""
 
 
+class StoreChangedError(StoreError):
+    """An object is not the one that was read before."""
+
+
 class ManifestError(Exception):
     """A dataset's manifest is missing, damaged, or does not add up."""
 

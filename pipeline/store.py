@@ -20,8 +20,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.config import StoreConfig
-from pipeline.errors import StoreError, StoreNotFoundError
-from pipeline.store_backend import Backend, Sink, is_temporary
+from pipeline.errors import StoreChangedError, StoreError, StoreNotFoundError
+from pipeline.store_backend import Backend, Pin, Sink, is_temporary
 from pipeline.store_local import LocalBackend
 
 
@@ -112,11 +112,19 @@ class Store:
         with self._explained(path) as at:
             return self._backend.read(at, None, 0)
 
-    def read_range(self, path: str, offset: int, num_bytes: int) -> bytes:
+    def read_range(self, path: str, offset: int, num_bytes: int, pin: Pin | None = None) -> bytes:
         """`num_bytes` bytes from byte `offset` on, or fewer if the object ends there.
+
+        Args:
+            path: of the object.
+            offset: first byte.
+            num_bytes: how many.
+            pin: remembers which version of the object its first read was of, by ETag, or by what else S3 or a local
+                file system says of it. Other filesystems have no versions.
 
         Raises:
             StoreNotFoundError: there is no such object.
+            StoreChangedError: it is another one than that of `pin`.
             ValueError: a negative argument.
         """
         if offset < 0 or num_bytes < 0:
@@ -124,7 +132,7 @@ class Store:
         if num_bytes == 0:
             return b""
         with self._explained(path) as at:
-            return self._backend.read(at, offset, num_bytes)
+            return self._backend.read(at, offset, num_bytes, pin)
 
     def write(self, path: str, data: bytes) -> None:
         """Write or replace an object: readers see all of `data`, or what was there before."""
@@ -222,6 +230,8 @@ class Store:
         at = self._root if or_root and not path else f"{self._root}/{_checked(path)}"
         try:
             yield at
+        except StoreChangedError as error:
+            raise StoreChangedError(f"{self}/{path} {error}") from error
         except StoreError:
             raise
         except Exception as error:
@@ -266,9 +276,11 @@ def _open(url: str, config: StoreConfig) -> tuple[Backend, str, str]:
     if not root:
         raise ValueError(f"store url {_redacted(url)!r} must name a bucket, as in {protocol}://bucket/path")
     # With a local store, nobody waits for these imports.
-    from pipeline.store_remote import RemoteBackend, S3Backend
+    from pipeline.store_remote import RemoteBackend
 
     if is_s3:
+        from pipeline.store_s3 import S3Backend
+
         filesystem.retries = 1
         return S3Backend(filesystem, config), f"{protocol}://{root}", root
     return RemoteBackend(filesystem, config), url.rstrip("/"), root

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NoReturn, Protocol
 
-from pipeline.errors import StoreError
+from pipeline.errors import StoreChangedError, StoreError
 
 TEMPORARY_PREFIX = ".tarmac-tmp-"
 """Unfinished files and probes: never listed."""
@@ -14,6 +14,24 @@ TEMPORARY_PREFIX = ".tarmac-tmp-"
 def is_temporary(path: str) -> bool:
     """Whether `path` is an unfinished file or a probe."""
     return path.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX)
+
+
+class Pin:
+    """Remembers which version of an object was read first; a read of another one is an error."""
+
+    def __init__(self) -> None:
+        self.version = ""
+
+    def check(self, version: str) -> None:
+        """Take the first version; raise StoreChangedError if a later one differs."""
+        if not self.version:
+            self.version = version
+        if version != self.version:
+            self.changed(version)
+
+    def changed(self, found: str) -> NoReturn:
+        """Raise StoreChangedError."""
+        raise StoreChangedError(f"is not the object that was read before: that was {self.version}, this is {found}")
 
 
 class Sink(Protocol):
@@ -32,8 +50,8 @@ class Sink(Protocol):
 class Backend(Protocol):
     """One kind of storage. Paths are whole (`bucket/key`, `/dir/file`); errors are the libraries' own."""
 
-    def read(self, path: str, offset: int | None, num_bytes: int) -> bytes:
-        """The whole object, or at most `num_bytes` from `offset` on."""
+    def read(self, path: str, offset: int | None, num_bytes: int, pin: Pin | None = None) -> bytes:
+        """The whole object, or at most `num_bytes` from `offset` on, of the version that `pin` says."""
 
     def write(self, path: str, data: bytes) -> None:
         """Write or replace an object, atomically."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from pipeline.errors import StoreError, StoreNotFoundError, StoreRefusedError
-from pipeline.store_backend import TEMPORARY_PREFIX, is_temporary
+from pipeline.store_backend import TEMPORARY_PREFIX, Pin, is_temporary
 
 SYNC_BYTES = 32 * 2**20
 
@@ -20,13 +21,16 @@ SYNC_BYTES = 32 * 2**20
 class LocalBackend:
     """Files by their whole paths. Errors are the operating system's."""
 
-    def read(self, path: str, offset: int | None, num_bytes: int) -> bytes:
+    def read(self, path: str, offset: int | None, num_bytes: int, pin: Pin | None = None) -> bytes:
         """All bytes, or `num_bytes` from `offset` on."""
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
+            if pin is not None:
+                status = os.fstat(file.fileno())
+                pin.check(f"inode {status.st_ino} of {status.st_size} bytes, written at {status.st_mtime_ns} ns")
             if offset is None:
                 return file.read()
             file.seek(offset)
-            return file.read(num_bytes)
+            return _read_exactly(file, num_bytes)
 
     def write(self, path: str, data: bytes) -> None:
         """Replace a file, atomically."""
@@ -166,6 +170,17 @@ class LocalSink:
         self.join()  # its file must not be another one by then
         self.file.close()
         self.temporary.unlink(missing_ok=True)
+
+
+def _read_exactly(file: io.FileIO, num_bytes: int) -> bytes:
+    """As many bytes, or fewer at the end of the file; one read, but for signals and odd file systems."""
+    data = file.read(num_bytes)
+    if len(data) == num_bytes or not data:
+        return data
+    pieces = [data]
+    while (missing := num_bytes - sum(map(len, pieces))) and (more := file.read(missing)):
+        pieces.append(more)
+    return b"".join(pieces)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -11,7 +11,7 @@ from noise import PART_BYTES
 from PIL import Image
 
 from cluster.local_s3 import S3Server
-from pipeline import store_remote
+from pipeline import store_s3
 from pipeline.sources import FolderSource
 from pipeline.store import Store
 from pipeline.write import write_dataset
@@ -66,7 +66,7 @@ def read_files() -> Callable[[Path], dict[str, bytes]]:
 @pytest.fixture
 def store(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store of each kind; long objects have parts of the shortest length."""
-    monkeypatch.setattr(store_remote, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(store_s3, "PART_BYTES", PART_BYTES)
     return Store(store_url)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-Action = Literal["403", "503", "cut the body", "reset", "lose the answer", "say nothing"]
+Action = Literal[
+    *("403", "503", "cut the body", "reset", "lose the answer", "say nothing"),
+    *("stall in the body", "trickle", "flip a bit"),
+]
 ACCESS_DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
 
@@ -74,7 +78,15 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if action == "cut the body":
                 answer, self.close_connection = answer[: len(answer) // 2], True
+            if action == "flip a bit":
+                answer = answer[:-1] + bytes([answer[-1] ^ 1])
+            self.num_sent = len(answer) // 2 if action in ("stall in the body", "trickle") else len(answer)
             self.answer(status, headers, answer)
+            if action == "stall in the body":
+                self.server.faults.over.wait()
+            for at in range(self.num_sent, len(answer)):
+                time.sleep(0.05)
+                self.wfile.write(answer[at : at + 1])
 
     def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(self.server.upstream, timeout=30)
@@ -97,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not any(name.lower() == "content-length" for name, _ in headers):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body[: getattr(self, "num_sent", len(body))])
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on  # noqa: N815
 

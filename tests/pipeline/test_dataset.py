@@ -21,6 +21,7 @@ from pipeline.dataset import Dataset, open_dataset
 from pipeline.errors import ManifestError, ShardError
 from pipeline.manifest import Manifest, ShardIndex, ShardInfo
 from pipeline.store import Store
+from pipeline.store_backend import Pin
 
 
 def dataset_of(sizes: list[int], **options: int) -> Dataset:
@@ -88,20 +89,38 @@ def test_step_sample_ids_are_pure_and_cover_the_dataset_once(whole_dataset: Path
 
 def test_a_flipped_bit_a_cut_and_a_missing_shard_are_shard_errors(dataset_folder: Path) -> None:
     dataset = open_dataset(str(dataset_folder))
+    sample_bytes = lambda sample_id: open_dataset(str(dataset_folder)).sample_bytes(sample_id)  # noqa: E731
     tar = dataset_folder / "shard-000000.tar"
     data = bytearray(tar.read_bytes())
     last = dataset.manifest.shards[0].num_samples - 1
     data[dataset.index(0).offset[0] + 50] ^= 1
     tar.write_bytes(data)
     with pytest.raises(ShardError, match=r"shard-000000\.tar, sample '.*' \(id 0\): crc32c"):
-        dataset.sample_bytes(0)
-    assert dataset.sample_bytes(1)
+        sample_bytes(0)
+    assert sample_bytes(1)
     tar.write_bytes(data[: dataset.index(0).offset[last] + 10])
     with pytest.raises(ShardError, match=r"shard-000000\.tar should hold \d+ bytes and holds .* returned 10; .*verify"):
-        dataset.sample_bytes(last)
+        sample_bytes(last)
     tar.unlink()
     with pytest.raises(ShardError, match=r"shard-000000\.tar is missing"):
-        dataset.sample_bytes(1)
+        sample_bytes(1)
+
+
+def test_a_shard_that_is_written_anew_while_it_is_read_is_an_error(
+    dataset_folder: Path, store_url: str, store: Store
+) -> None:
+    for path in dataset_folder.rglob("*"):
+        if path.is_file():
+            store.write(str(path.relative_to(dataset_folder)), path.read_bytes())
+    dataset = open_dataset(store_url)
+    whole = dataset.sample_bytes(0)
+    tar = bytearray(store.read("shard-000000.tar"))
+    tar[int(dataset.index(0).offset[1])] ^= 1  # sample 0 stays what it was, and its checksum too
+    time.sleep(1.1)  # some servers tell versions by the second
+    store.write("shard-000000.tar", bytes(tar))
+    with pytest.raises(ShardError, match=r"shard-000000\.tar is not the object that was read before: .*written anew"):
+        dataset.sample_bytes(0)
+    assert open_dataset(store_url).sample_bytes(0) == whole
 
 
 class FlippingStore(Store):
@@ -109,8 +128,8 @@ class FlippingStore(Store):
 
     num_reads = 0
 
-    def read_range(self, path: str, offset: int, num_bytes: int) -> bytes:
-        data = super().read_range(path, offset, num_bytes)
+    def read_range(self, path: str, offset: int, num_bytes: int, pin: Pin | None = None) -> bytes:
+        data = super().read_range(path, offset, num_bytes, pin)
         self.num_reads += 1
         return data if self.num_reads % 2 == 0 else bytes([data[0] ^ 1]) + data[1:]
 

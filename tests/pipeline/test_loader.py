@@ -335,10 +335,10 @@ class SlowStore(Store):
 
     num_reads = 0
 
-    def read_range(self, path, offset, num_bytes):
+    def read_range(self, path, offset, num_bytes, pin=None):
         self.num_reads += 1
         time.sleep(0.5 if self.num_reads == 1 else 0)
-        return super().read_range(path, offset, num_bytes)
+        return super().read_range(path, offset, num_bytes, pin)
 
 
 class HangingStore(Store):
@@ -347,11 +347,11 @@ class HangingStore(Store):
     num_reads = 0
     release = threading.Event()
 
-    def read_range(self, path, offset, num_bytes):
+    def read_range(self, path, offset, num_bytes, pin=None):
         self.num_reads -= 1
         if self.num_reads < 0:
             self.release.wait()
-        return super().read_range(path, offset, num_bytes)
+        return super().read_range(path, offset, num_bytes, pin)
 
 
 def test_a_batch_is_handed_out_before_the_bytes_of_the_next_one_are_there(url):

@@ -15,6 +15,7 @@ from pipeline.order import Order, Run
 from pipeline.reader import EncodedSample, Quarantined, Reader, ReaderClosedError
 from pipeline.sources import open_source
 from pipeline.store import Store
+from pipeline.store_backend import Pin
 from pipeline.write import write_dataset
 
 NUM_SAMPLES = 90
@@ -51,12 +52,12 @@ class SpyStore(Store):
         self.in_flight = self.most_in_flight = 0
         self.damage = lambda data, place: data
 
-    def read_range(self, path: str, offset: int, num_bytes: int) -> bytes:
+    def read_range(self, path: str, offset: int, num_bytes: int, pin: Pin | None = None) -> bytes:
         self.reads.append((path, offset, num_bytes))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         threading.Event().wait(0.001)
-        data = super().read_range(path, offset, num_bytes)
+        data = super().read_range(path, offset, num_bytes, pin)
         self.in_flight -= 1
         return self.damage(data, (path, offset))
 
@@ -170,6 +171,7 @@ def test_a_damaged_sample_is_replaced_the_same_way_everywhere(url, caplog):
     dataset = open_dataset(str(url))
     clean = [s for samples in read(dataset, num_steps=10) for s in samples]
     flip_byte(url, dataset, 33)
+    dataset = open_dataset(str(url))
     runs = [
         [s for samples in read(dataset, rank=rank, world_size=world_size, start=start, num_steps=10) for s in samples]
         for rank, world_size, start in [(0, 1, 0), (0, 1, 0), (0, 1, 4), (0, 2, 0), (1, 2, 0)]

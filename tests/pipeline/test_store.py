@@ -140,11 +140,11 @@ def test_a_failed_writer_leaves_what_was_there(store: Store, num_bytes: int, kin
 
 WRITE_HALF = """
 import sys, time
-from pipeline import store_remote
+from pipeline import store_s3
 from pipeline.store import Store
-store_remote.PART_BYTES = int(sys.argv[2])
+store_s3.PART_BYTES = int(sys.argv[2])
 with Store(sys.argv[1]).writer("half") as stream:
-    stream.write(bytes(2 * store_remote.PART_BYTES + 1))
+    stream.write(bytes(2 * store_s3.PART_BYTES + 1))
     print("written", flush=True)
     time.sleep(60)
 """

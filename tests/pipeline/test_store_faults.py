@@ -9,7 +9,7 @@ from faulty_proxy import Action, Faults, start_faulty_proxy
 from noise import PART_BYTES, noise
 
 from cluster.local_s3 import S3Server
-from pipeline import store_remote
+from pipeline import store_s3
 from pipeline.config import StoreConfig
 from pipeline.errors import StoreError, StoreNotFoundError, StoreRefusedError
 from pipeline.store import Entry, Store
@@ -69,7 +69,7 @@ def test_refusals_are_not_repeated(bucket: str, faults: Faults) -> None:
 
 @pytest.mark.parametrize("action", ["503", "reset", "lose the answer"])
 def test_writes_survive_faults(bucket: str, faults: Faults, action: Action, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_remote, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(store_s3, "PART_BYTES", PART_BYTES)
     store = Store(bucket)
     data = noise(PART_BYTES + 1)
     faults.plan(("PUT", "/small", action), ("DELETE", "/small", action))
@@ -99,7 +99,7 @@ def test_create_whose_answer_was_lost_is_still_ours(bucket: str, faults: Faults)
 def test_a_part_that_fails_for_good_leaves_nothing(
     bucket: str, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_remote, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(store_s3, "PART_BYTES", PART_BYTES)
     store = Store(bucket, StoreConfig(num_attempts=2))
     busy: tuple[str, str, Action] = ("PUT", "partNumber=2", "503")
     faults.plan(busy, busy)
@@ -112,7 +112,7 @@ def test_a_part_that_fails_for_good_leaves_nothing(
 def test_an_error_that_the_caller_swallows_is_no_commit(
     bucket: str, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_remote, "PART_BYTES", PART_BYTES)
+    monkeypatch.setattr(store_s3, "PART_BYTES", PART_BYTES)
     store = Store(bucket, StoreConfig(num_attempts=1))
     faults.plan(("PUT", "partNumber=1", "503"))
 

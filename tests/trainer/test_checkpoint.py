@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from pipeline.config import StoreConfig
 from pipeline.errors import StoreError
 from pipeline.store import Store
+from pipeline.store_backend import Pin
 from trainer import checkpoint, parallel
 from trainer.checkpoint import CheckpointError, Commit
 from trainer.checkpoint_commit import parse_commit
@@ -205,7 +206,7 @@ def _resume(url: str) -> Any:
 
 def test_a_store_that_does_not_answer_is_no_damage(tmp_path: Path) -> None:
     class Away(Store):
-        def read_range(self, path: str, offset: int, num_bytes: int) -> bytes:
+        def read_range(self, path: str, offset: int, num_bytes: int, pin: Pin | None = None) -> bytes:
             raise StoreError("the network is away")
 
     save(Store(str(tmp_path)), 1)

@@ -151,6 +151,10 @@ class DataConfig:
     """Steps whose bytes are requested ahead of the one being decoded."""
     prefetch_batches: int = execution(2)
     """Decoded micro-batches that wait for the model."""
+    cache_dir: str | None = execution(None)
+    """A folder on a disk of each node that keeps what its ranks read of the shards; None keeps nothing."""
+    cache_bytes: int = execution(64 * 2**30)
+    """What the folder may take on each node, in bytes."""
 
     def __post_init__(self) -> None:
         batch, lanes = self.global_batch_size, self.num_lanes
@@ -179,6 +183,11 @@ class DataConfig:
         for name in ("micro_batch_size", "num_decode_threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name} ({value}) must be at least 1")
+        require(
+            self.cache_dir is None or (bool(self.cache_dir) and "://" not in self.cache_dir),
+            f"data.cache_dir ({self.cache_dir!r}) must be a folder on a disk of the node, and no URL",
+        )
+        require(self.cache_bytes >= 2**26, f"data.cache_bytes ({self.cache_bytes}) must be at least {2**26}")
         require(
             self.decode_device in ("cpu", "mixed"),
             f"data.decode_device ({self.decode_device!r}) must be 'cpu' or 'mixed'",

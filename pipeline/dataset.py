@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Self
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.cache import ShardCache
 from pipeline.config import DataConfig, StoreConfig
 from pipeline.errors import ShardError, StoreChangedError, StoreNotFoundError
 from pipeline.manifest import Manifest, ShardIndex, read_index, read_manifest, tar_path
@@ -44,9 +47,24 @@ class Dataset:
         self._indexes = _IndexCache(index_cache_bytes)
         self._order: tuple[DataConfig, Order] | None = None
         self._pins: dict[int, Pin] = {}  # of the shards that were read
+        self.cache: ShardCache | None = None
 
     def __reduce__(self) -> tuple[type[Self], tuple[Store, Manifest]]:
         return type(self), (self.store, self.manifest)
+
+    def cached(self, folder: str, max_bytes: int) -> Self:
+        """This dataset, with a folder of the node that keeps what is read of its shards.
+
+        Args:
+            folder: on a local disk; other processes may share it.
+            max_bytes: what it may take, for all datasets in it.
+
+        Raises:
+            ValueError: the folder cannot be written.
+        """
+        cached = copy.copy(self)
+        cached.cache = ShardCache(folder, max_bytes, self.manifest.digest())
+        return cached
 
     @property
     def url(self) -> str:
@@ -133,17 +151,25 @@ class Dataset:
             StoreError: the store does not answer or refuses us.
         """
         first, stop = int(rows.offset[0]), int(rows.offset[-1] + rows.num_bytes[-1])
-        whole = memoryview(self._read_range(shard, first, stop - first))
+        whole = memoryview(self._read_cached(shard, first, stop - first))
         found: list[tuple[memoryview, str | None]] = []
         columns = (column.tolist() for column in (rows.offset, rows.num_bytes, rows.crc32c))
         for offset, num_bytes, crc in zip(*columns, strict=True):
             data, damage = whole[offset - first : offset - first + num_bytes], None
             if google_crc32c.value(bytes(data)) != crc:
+                if self.cache is not None:
+                    self.cache.drop(shard, offset, num_bytes)
                 again = self._read_range(shard, offset, num_bytes)
                 data, found_crc = memoryview(again), google_crc32c.value(again)
                 damage = None if found_crc == crc else f"crc32c {found_crc:08x} must be {crc:08x}"
             found.append((data, damage))
         return found
+
+    def _read_cached(self, shard: int, offset: int, num_bytes: int) -> bytes | bytearray:
+        shard_bytes = self.manifest.shards[shard].num_bytes
+        if self.cache is None or offset + num_bytes > shard_bytes:
+            return self._read_range(shard, offset, num_bytes)
+        return self.cache.read(shard, shard_bytes, offset, num_bytes, partial(self._read_range, shard))
 
     def _read_range(self, shard: int, offset: int, num_bytes: int) -> bytes:
         info = self.manifest.shards[shard]

@@ -79,6 +79,9 @@ class LoaderStats:
     full_s: float
     """Enough batches waited for the consumer: the model is the limit, not the pipeline."""
     fetched_bytes: int
+    """Read of shards, from the store or from the cache."""
+    cached_bytes: int
+    """Read from the cache alone."""
     num_batches: int
 
     @property
@@ -114,7 +117,8 @@ class Loader:
         device: where the batches go.
 
     Raises:
-        ValueError: rank, world size or step are out of range, or micro-batches too small for the world size.
+        ValueError: rank, world size or step are out of range, micro-batches too small for the world size, or
+            `config.cache_dir` cannot be written.
     """
 
     def __init__(
@@ -130,6 +134,9 @@ class Loader:
         self._config, self._device = config, torch.device(device)
         _check(config, dp_rank, dp_world_size, start_step, self._device)
         self.num_micro_steps = num_micro_steps(config, dp_world_size)
+        if config.cache_dir is not None:
+            dataset = dataset.cached(config.cache_dir, config.cache_bytes)
+        self._cache = dataset.cache
         self._reader = Reader(dataset, config, rank=dp_rank, world_size=dp_world_size, start_step=start_step)
         self._decoder = Decoder(
             config.augment,
@@ -202,6 +209,7 @@ class Loader:
             decode_s=self._decoder.busy_s,
             full_s=self._full_s,
             fetched_bytes=self._reader.fetched_bytes,
+            cached_bytes=self._cache.hit_bytes if self._cache is not None else 0,
             num_batches=self._num_batches,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from urllib.parse import urlsplit
 
 Action = Literal[
     *("403", "503", "cut the body", "reset", "lose the answer", "say nothing"),
-    *("stall in the body", "trickle", "flip a bit"),
+    *("stall in the body", "trickle", "flip a bit", "expired"),
 ]
 ACCESS_DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
+EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 
 
 @dataclass
@@ -28,6 +31,11 @@ class Faults:
     """Method, part of the URL, action: each happens once, to the first request that matches."""
     requests: list[str] = field(default_factory=list)
     """Method and URL of every request so far."""
+    repeated: list[tuple[str, str, Action, int]] = field(default_factory=list)
+    """Method, part of the URL, action, n: happens to each n-th request that matches."""
+    num_matches: Counter[int] = field(default_factory=Counter)
+    num_sent: Counter[str] = field(default_factory=Counter)
+    """Bytes of bodies that were sent, by path."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def plan(self, *faults: tuple[str, str, Action]) -> None:
@@ -42,6 +50,11 @@ class Faults:
             if wanted == method and part in path:
                 del self.planned[number]
                 return action
+        for number, (wanted, part, action, every) in enumerate(self.repeated):
+            if wanted == method and part in path:
+                self.num_matches[number] += 1
+                if self.num_matches[number] % every == 0:
+                    return action
         return None
 
 
@@ -50,6 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: _Proxy
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a client waits 40 ms for a body that follows its headers
 
     def handle_one_request(self) -> None:
         try:
@@ -71,6 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(503, [("Content-Length", "0")], b"")
         elif action == "403":
             self.answer(403, [("Content-Type", "application/xml")], ACCESS_DENIED)
+        elif action == "expired":
+            self.answer(400, [("Content-Type", "application/xml")], EXPIRED)
         else:
             status, headers, answer = self.ask(body)
             if action == "lose the answer":
@@ -109,6 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not any(name.lower() == "content-length" for name, _ in headers):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.server.faults.num_sent[urlsplit(self.path).path] += len(body)
         self.wfile.write(body[: getattr(self, "num_sent", len(body))])
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on  # noqa: N815

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.options import check_at_least, check_png, parse, report, say
 
 if TYPE_CHECKING:
-    from pipeline.manifest import Manifest
+    from pipeline.manifest import Manifest, ShardInfo
+    from pipeline.write import RunTasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,10 @@ class ShardOptions:
     """Bytes of images a shard, about."""
     seed: int = 0
     """Of the permutation of images over shards."""
-    num_workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Processes that read, check and write; by default one a CPU."""
+    num_workers: int | None = None
+    """Processes that read, check and write; by default one a CPU, of this machine or of the cluster."""
+    address: str | None = field(default_factory=lambda: os.environ.get("RAY_ADDRESS"))
+    """A Ray cluster that writes the shards, as RAY_ADDRESS names it; None writes them here."""
     max_bad: int = 0
     """Unreadable images that are left out before it is an error."""
     max_side: int | None = None
@@ -58,9 +61,10 @@ def shard(arguments: list[str]) -> int:
     from pipeline.sources import open_source
     from pipeline.write import ShardDone, write_dataset
 
-    check_at_least(options, shard_bytes=1, num_workers=1, max_bad=0, seed=0)
-    if options.max_side is not None:
-        check_at_least(options, max_side=1)
+    check_at_least(options, shard_bytes=1, max_bad=0, seed=0)
+    for name in ("max_side", "num_workers"):
+        if getattr(options, name) is not None:
+            check_at_least(options, **{name: 1})
     source = open_source(options.source, labels=options.labels, classes=options.classes)
     console = Console(stderr=True)
     resumed = 0
@@ -81,7 +85,8 @@ def shard(arguments: list[str]) -> int:
             options.dataset,
             seed=options.seed,
             shard_bytes=options.shard_bytes,
-            num_workers=options.num_workers,
+            num_workers=options.num_workers or os.cpu_count() or 1,
+            run_tasks=_run_tasks(options),
             max_bad=options.max_bad,
             max_side=options.max_side,
             check=options.check,
@@ -89,6 +94,19 @@ def shard(arguments: list[str]) -> int:
         )
     _report_dataset(console, options.dataset, manifest, resumed, options.json)
     return 0
+
+
+def _run_tasks(options: ShardOptions) -> RunTasks | None:
+    """The cluster's tasks, if there is one."""
+    if not options.address:
+        return None
+    from cluster.shard_on_ray import RayTasks
+
+    source, dataset = (url.removeprefix("file://") for url in (options.source, options.dataset))
+    if "://" not in dataset:
+        os.makedirs(dataset, exist_ok=True)
+    paths = [os.path.abspath(path) for path in (source, dataset) if "://" not in path]
+    return RayTasks(options.address, options.num_workers, paths)
 
 
 def _report_dataset(console: Console, url: str, manifest: Manifest, num_resumed: int, as_json: bool) -> None:
@@ -187,11 +205,17 @@ def verify(arguments: list[str]) -> int:
 
     with _progress(Console(stderr=True), "verifying") as progress:
         task = progress.add_task("shards", total=None, megabytes_per_s=0.0)
+        num_bytes = 0
+
+        def on_progress(info: ShardInfo) -> None:
+            nonlocal num_bytes
+            num_bytes += info.num_bytes if options.deep else 0
+            speed = num_bytes / 1e6 / max(progress.tasks[0].elapsed or 0.0, 0.1)
+            progress.update(task, megabytes_per_s=speed)
+            progress.advance(task)
+
         problems = verify_dataset(
-            Store(options.dataset),
-            deep=options.deep,
-            num_threads=options.num_threads,
-            on_progress=lambda info: progress.advance(task),
+            Store(options.dataset), deep=options.deep, num_threads=options.num_threads, on_progress=on_progress
         )
     if options.json:
         print(json.dumps({"problems": [{"path": p.path, "message": p.message} for p in problems]}))  # noqa: T201

@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -33,6 +34,9 @@ from pipeline.sources import Source
 from pipeline.store import Store
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
+
+RunTasks = Callable[[ShardWriter, list[ShardTask]], Generator[ShardResult, None, None]]
+"""Runs all tasks, in any order and anywhere; closing it stops those in flight."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,7 @@ def write_dataset(
     check: Check = "structure",
     on_progress: Callable[[ShardDone], None] | None = None,
     store_config: StoreConfig = StoreConfig(),  # noqa: B008 (frozen)
+    run_tasks: RunTasks | None = None,
 ) -> Manifest:
     """Write all images of `source` as a dataset, or finish one that was interrupted.
 
@@ -80,6 +85,7 @@ def write_dataset(
         check: how each image is proven whole: by its file's structure, or by decoding its pixels.
         on_progress: called after each shard, in no fixed order.
         store_config: how patient requests are.
+        run_tasks: runs the tasks elsewhere, for example on a cluster, and not in processes here.
 
     Returns:
         The manifest, which is in the bucket now.
@@ -108,9 +114,8 @@ def write_dataset(
     if store.exists(MANIFEST_PATH):
         return _existing_manifest(store, settings)
     tasks = _tasks(store, shards, digest)
-    results = _write_shards(
-        ShardWriter(source, store, digest, max_bad, max_side, check), tasks, num_workers, on_progress
-    )
+    writer = ShardWriter(source, store, digest, max_bad, max_side, check)
+    results = _write_shards(writer, tasks, run_tasks or partial(_run, num_workers=num_workers), on_progress)
     manifest = _assemble(results, listing.classes, settings)
     store.remove_leftovers()
     write_manifest(store, manifest)
@@ -185,13 +190,13 @@ def _tasks(store: Store, shards: list[tuple[SampleRef, ...]], digest: str) -> li
 def _write_shards(
     writer: ShardWriter,
     tasks: list[ShardTask],
-    num_workers: int,
+    run_tasks: RunTasks,
     on_progress: Callable[[ShardDone], None] | None,
 ) -> list[ShardResult]:
     """Run all tasks; the results in the order of the shards. Raises SourceError beyond max_bad, and cleans up."""
     results: list[ShardResult] = []
     num_bad, num_images = 0, sum(len(task.refs) for task in tasks)
-    with closing(_run(writer, tasks, num_workers)) as running:
+    with closing(run_tasks(writer, tasks)) as running:
         for result in running:
             results.append(result)
             num_bad += len(result.bad_samples)

@@ -18,6 +18,7 @@ import pytest
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
+from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from pipeline.dataset import open_dataset
@@ -56,6 +57,21 @@ def test_the_shards_are_webdataset_tars_with_every_image_once(small_photos: Path
     expected = sorted((path.parent.name, path.read_bytes()) for path in small_photos.rglob("*") if path.is_file())
     assert manifest.classes == tuple(sorted({name for name, _ in expected}))
     assert sorted((manifest.classes[int(sample["cls"])], sample["jpg"]) for sample in samples) == expected
+
+
+def test_dali_reads_every_sample_by_the_idx(small_photos: Path, whole_dataset: Path) -> None:
+    tars = sorted(whole_dataset.glob("*.tar"))
+
+    @pipeline_def(batch_size=28, num_threads=1, device_id=None)
+    def read() -> tuple[object, ...]:
+        index_paths = [str(tar.with_suffix(".idx")) for tar in tars]
+        return tuple(fn.readers.webdataset(paths=list(map(str, tars)), index_paths=index_paths, ext=["jpg", "cls"]))
+
+    images, labels = read().run()
+    classes = read_manifest(Store(str(whole_dataset))).classes
+    assert classes is not None
+    found = sorted((classes[int(bytes(labels.at(i)))], bytes(images.at(i))) for i in range(28))
+    assert found == sorted((path.parent.name, path.read_bytes()) for path in small_photos.rglob("*") if path.is_file())
 
 
 def test_the_index_says_where_each_image_lies(whole_dataset: Path) -> None:

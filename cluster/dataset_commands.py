@@ -46,7 +46,7 @@ class ShardOptions:
     max_side: int | None = None
     """Make images with a longer side than this, in pixels, smaller, and encode them anew."""
     check: Literal["structure", "pixels"] = "structure"
-    """Prove each image whole by its file's structure, or, at ten times the cost, by decoding its pixels."""
+    """Prove each image whole by its file's structure, or, at five times the cost, by decoding its pixels."""
     labels: str | None = None
     """A text file of labels: one a line in the order of the images' names, or `name label` lines."""
     classes: str | None = None

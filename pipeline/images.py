@@ -64,7 +64,7 @@ def prepare_image(data: bytes, max_side: int | None = None, check: Check = "stru
         data: the file.
         max_side: in pixels. An image with a longer side is made smaller until that has this length, and stored as a
             JPEG of quality 95 if it was a JPEG, otherwise as PNG. The same image gives the same bytes.
-        check: `pixels` decodes what is stored as it is, too. It costs ten times the time.
+        check: `pixels` decodes what is stored as it is, too. It costs five times the time.
 
     Raises:
         BadImageError: the bytes are no image, or a damaged, too large or unsupported one.

@@ -91,8 +91,8 @@ class Headspace:
         found = f"the pipeline is the limit: the model runs at {self.fed_share:.0%} of its speed"
         if self.fetch_wait_share > self.decode_wait_share:
             return (
-                f"{found} and waits for bytes. Raise data.num_fetches or data.read_ahead_steps, keep shards on the node "
-                "with data.cache_dir, or use a nearer store"
+                f"{found} and waits for bytes. Raise data.num_fetches or data.read_ahead_steps, keep shards on the "
+                "node with data.cache_dir, or use a nearer store"
             )
         return f"{found} and waits for decoding. {self._decode_advice()}"
 

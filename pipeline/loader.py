@@ -9,7 +9,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -26,7 +25,7 @@ from pipeline.config import DataConfig, check_world, require
 from pipeline.dataset import Dataset
 from pipeline.decode import Decoder, Decoding
 from pipeline.order import num_micro_steps
-from pipeline.reader import EncodedSample, Quarantined, Reader, ReaderClosedError
+from pipeline.reader import EncodedSample, Quarantined, Reader
 
 _POLL_S = 0.05
 _CLOSE_S = 0.4
@@ -293,8 +292,10 @@ class Loader:
                 return batch
             for index, reason in bad.items():
                 samples[index] = self._replace(samples[index], reason, batch.images[index])
-        except (CancelledError, ReaderClosedError):  # closed meanwhile, by another thread
-            raise StopIteration from None
+        except Exception:
+            if self._closed.is_set():  # meanwhile, by another thread
+                raise StopIteration from None
+            raise
         return self._batch(batch.images, samples, batch.step, batch.micro_step, batch.fetched_at)
 
     def _replace(self, sample: EncodedSample, reason: str, image: Tensor) -> EncodedSample:

@@ -96,11 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
                 answer, self.close_connection = answer[: len(answer) // 2], True
             if action == "flip a bit":
                 answer = answer[:-1] + bytes([answer[-1] ^ 1])
-            self.num_sent = len(answer) // 2 if action in ("stall in the body", "trickle") else len(answer)
-            self.answer(status, headers, answer)
+            at_once = len(answer) // 2 if action in ("stall in the body", "trickle") else len(answer)
+            self.answer(status, headers, answer, at_once)
             if action == "stall in the body":
                 self.server.faults.over.wait()
-            for at in range(self.num_sent, len(answer)):
+            for at in range(at_once, len(answer)):
                 time.sleep(0.05)
                 self.wfile.write(answer[at : at + 1])
 
@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
-    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes, at_once: int | None = None) -> None:
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() not in ("transfer-encoding", "connection"):
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.server.faults.num_sent[urlsplit(self.path).path] += len(body)
-        self.wfile.write(body[: getattr(self, "num_sent", len(body))])
+        self.wfile.write(body[:at_once])
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on  # noqa: N815
 

@@ -10,18 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from typing import Any
 
 from pipeline.config import StoreConfig, require
@@ -29,9 +21,10 @@ from pipeline.errors import ManifestError, SourceError
 from pipeline.images import Check
 from pipeline.listing import Listing, SampleRef
 from pipeline.manifest import FORMAT_VERSION, MANIFEST_PATH, BadSample, Manifest, read_manifest, write_manifest
-from pipeline.shards import Flag, ShardResult, ShardTask, ShardWriter, another_plan_error, shard_paths
+from pipeline.shards import ShardResult, ShardTask, ShardWriter, another_plan_error, shard_paths
 from pipeline.sources import Source
 from pipeline.store import Store
+from pipeline.write_workers import WriteWorkers
 
 DEFAULT_SHARD_BYTES = 256 * 2**20
 
@@ -100,22 +93,23 @@ def write_dataset(
     require(num_workers >= 1, f"num_workers ({num_workers}) must be at least 1")
     require(max_bad >= 0, f"max_bad ({max_bad}) must not be negative")
     require(max_side is None or max_side >= 1, f"max_side ({max_side}) must be at least 1")
+    require(check in ("structure", "pixels"), f"check ({check!r}) must be 'structure' or 'pixels'")
     store = Store(dataset_url, store_config)
     store.check_writable()
-    listing = source.scan()
-    logger.info("%s: %d images, %d other files ignored", source, len(listing.refs), listing.num_ignored_files)
-    shards = plan_shards(listing.refs, seed, shard_bytes)
-    require(check in ("structure", "pixels"), f"check ({check!r}) must be 'structure' or 'pixels'")
-    digest = plan_digest(listing, seed, shard_bytes, max_side, check)
-    settings: dict[str, Any] = {"seed": seed, "shard_bytes": shard_bytes, "max_side": max_side, "check": check}
-    settings |= {"plan_digest": digest}
-    settings |= {"num_source_images": len(listing.refs), "num_ignored_files": listing.num_ignored_files}
-    settings |= {"ignored_extensions": listing.ignored_extensions}
-    if store.exists(MANIFEST_PATH):
-        return _existing_manifest(store, settings)
-    tasks = _tasks(store, shards, digest)
-    writer = ShardWriter(source, store, digest, max_bad, max_side, check)
-    results = _write_shards(writer, tasks, run_tasks or partial(_run, num_workers=num_workers), on_progress)
+    with WriteWorkers(1 if run_tasks else num_workers) as workers:  # they start while the source is listed
+        listing = source.scan()
+        logger.info("%s: %d images, %d other files ignored", source, len(listing.refs), listing.num_ignored_files)
+        shards = plan_shards(listing.refs, seed, shard_bytes)
+        digest = plan_digest(listing, seed, shard_bytes, max_side, check)
+        settings: dict[str, Any] = {"seed": seed, "shard_bytes": shard_bytes, "max_side": max_side, "check": check}
+        settings |= {"plan_digest": digest}
+        settings |= {"num_source_images": len(listing.refs), "num_ignored_files": listing.num_ignored_files}
+        settings |= {"ignored_extensions": listing.ignored_extensions}
+        if store.exists(MANIFEST_PATH):
+            return _existing_manifest(store, settings)
+        tasks = _tasks(store, shards, digest)
+        writer = ShardWriter(source, store, digest, max_bad, max_side, check)
+        results = _write_shards(writer, tasks, run_tasks or workers.run, on_progress)
     manifest = _assemble(results, listing.classes, settings)
     store.remove_leftovers()
     write_manifest(store, manifest)
@@ -233,59 +227,6 @@ def _remove(store: Store, tasks: list[ShardTask]) -> None:
     for entry in store.list():
         if entry.path in ours:
             store.remove(entry.path)
-
-
-def _run(writer: ShardWriter, tasks: list[ShardTask], num_workers: int) -> Generator[ShardResult, None, None]:
-    """Results as they come. Closing stops the shards in flight, which leave nothing visible."""
-    if num_workers == 1 or len(tasks) == 1:
-        never = threading.Event()
-        yield from (writer.run(task, never) for task in tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    num_workers = min(num_workers, len(tasks))
-    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (writer, stop))
-    waiting = iter(tasks)
-    try:
-        # Few at a time: a task holds the paths of all its images.
-        running = {pool.submit(_run_in_worker, task) for task in islice(waiting, 2 * num_workers)}
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {pool.submit(_run_in_worker, task) for task in islice(waiting, len(done))}
-            yield from (future.result() for future in done)
-    except BrokenProcessPool as error:
-        raise SourceError(
-            f"a worker process died while it read {writer.source}: it was killed, or ran out of memory. Run the "
-            f"same command again to go on from the finished shards, with fewer workers if memory is short"
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-# Set once in each worker process, so that a task need not carry it.
-_worker: tuple[ShardWriter, Flag] | None = None
-
-
-def _start_worker(writer: ShardWriter, stop: Flag) -> None:
-    global _worker  # noqa: PLW0603
-    _worker = writer, stop
-    # Ctrl-C reaches the whole process group: the parent decides. If the parent is killed, nobody waits for us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _run_in_worker(task: ShardTask) -> ShardResult:
-    assert _worker is not None
-    writer, stop = _worker
-    return writer.run(task, stop)
 
 
 def _assemble(results: list[ShardResult], classes: tuple[str, ...] | None, settings: dict[str, Any]) -> Manifest:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster.dataset_progress import DatasetProgress
 from cluster.options import check_at_least, check_png, parse, report, say
 
 if TYPE_CHECKING:
@@ -68,17 +68,13 @@ def shard(arguments: list[str]) -> int:
     source = open_source(options.source, labels=options.labels, classes=options.classes)
     console = Console(stderr=True)
     resumed = 0
-    with _progress(console, "sharding") as progress:
-        task = progress.add_task("images", total=None, megabytes_per_s=0.0)
-        num_bytes = 0
+    with DatasetProgress(console, "sharding", "images") as progress:
 
         def on_progress(done: ShardDone) -> None:
-            nonlocal num_bytes, resumed
+            nonlocal resumed
             resumed += done.resumed
-            num_bytes += 0 if done.resumed else done.num_bytes
-            speed = num_bytes / 1e6 / max(progress.tasks[0].elapsed or 0.0, 0.1)
-            progress.update(task, total=done.num_source_images, megabytes_per_s=speed)
-            progress.advance(task, done.num_samples + done.num_bad)
+            count = done.num_samples + done.num_bad
+            progress.advance(count, done.num_bytes, total=done.num_source_images, found=done.resumed)
 
         manifest = write_dataset(
             source,
@@ -156,17 +152,13 @@ def index(arguments: list[str]) -> int:
 
     check_at_least(options, num_workers=1, max_bad=0)
     console = Console(stderr=True)
-    resumed = num_bytes = 0
-    with _progress(console, "indexing") as progress:
-        task = progress.add_task("tars", total=None, megabytes_per_s=0.0)
+    resumed = 0
+    with DatasetProgress(console, "indexing", "tars") as progress:
 
         def on_progress(done: TarIndexed) -> None:
-            nonlocal num_bytes, resumed
+            nonlocal resumed
             resumed += done.resumed
-            num_bytes += 0 if done.resumed else done.num_bytes
-            speed = num_bytes / 1e6 / max(progress.tasks[0].elapsed or 0.0, 0.1)
-            progress.update(task, total=done.num_tars, megabytes_per_s=speed)
-            progress.advance(task)
+            progress.advance(1, done.num_bytes, total=done.num_tars, found=done.resumed)
 
         manifest = index_dataset(
             options.dataset,
@@ -203,16 +195,10 @@ def verify(arguments: list[str]) -> int:
     from pipeline.store import Store
     from pipeline.verify import verify_dataset
 
-    with _progress(Console(stderr=True), "verifying") as progress:
-        task = progress.add_task("shards", total=None, megabytes_per_s=0.0)
-        num_bytes = 0
+    with DatasetProgress(Console(stderr=True), "verifying", "shards") as progress:
 
         def on_progress(info: ShardInfo) -> None:
-            nonlocal num_bytes
-            num_bytes += info.num_bytes if options.deep else 0
-            speed = num_bytes / 1e6 / max(progress.tasks[0].elapsed or 0.0, 0.1)
-            progress.update(task, megabytes_per_s=speed)
-            progress.advance(task)
+            progress.advance(1, info.num_bytes if options.deep else 0)
 
         problems = verify_dataset(
             Store(options.dataset), deep=options.deep, num_threads=options.num_threads, on_progress=on_progress
@@ -262,10 +248,3 @@ def inspect(arguments: list[str]) -> int:
         draw_grid(dataset, options.num_samples, options.seed).save(options.grid)
         say(Console(stderr=True), f"drew {options.grid}")
     return 0
-
-
-def _progress(console: Console, what: str) -> Progress:
-    """A bar with speed and time left; nothing where the console is a file or a pipe."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    speed = (TextColumn("{task.fields[megabytes_per_s]:.0f} MB/s"), TimeRemainingColumn())
-    return Progress(*columns, *speed, console=console, disable=not console.is_terminal)

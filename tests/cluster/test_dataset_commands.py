@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cluster.cli import main
+from cluster.dataset_progress import DatasetProgress
 from pipeline.store import Store
 
 
@@ -43,6 +47,63 @@ def test_index_verify_inspect_agree(tars: Path, tmp_path: Path, capsys: pytest.C
     assert json.loads(run(capsys, "verify", tars, "--deep", "--json")) == {"problems": []}
     assert json.loads(run(capsys, "inspect", tars, "--json"))["largest_class"] == "bee"
     assert "max_bad (-1)" in run(capsys, "index", tars, "--max-bad", "-1", code=2).replace("--max-bad", "max_bad")
+
+
+def no_change(data: bytes) -> bytes:
+    return data
+
+
+def flip_last_image_byte(data: bytes) -> bytes:
+    at = data.rindex(b"\xff\xd9")  # the end of a JPEG file
+    return data[: at - 1] + bytes([data[at - 1] ^ 1]) + data[at:]
+
+
+FINDINGS: dict[str, tuple[str, str, Callable[[bytes], bytes | None], str]] = {
+    # what: (object, the object that it becomes, how, what is said)
+    "missing shard": ("{}.tar", "{}.tar", lambda data: None, "is missing"),
+    "extra shard": ("{}.tar", "shard-000099.tar", no_change, "is not in the manifest"),
+    "changed size": ("{}.tar", "{}.tar", lambda data: data + bytes(512), "bytes; the manifest says"),
+    "changed bytes": ("{}.tar", "{}.tar", flip_last_image_byte, "crc32c"),
+    "an index of other bytes": ("{}.idx", "{}.idx", lambda data: data.replace(b" 512 ", b" 513 "), "sha256"),
+    "a manifest that does not add up": (
+        *("manifest.json", "manifest.json"),
+        lambda data: json.dumps(json.loads(data) | {"num_samples": 11}).encode(),
+        "num_samples (11) must be the sum over its shards (10)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FINDINGS)
+def test_verify_says_each_problem_in_a_line(
+    tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    dataset = tmp_path / "dataset"
+    run(capsys, "shard", tars, dataset, "--num-workers", "1")
+    source, target, change, message = FINDINGS[what]
+    shard = next(dataset.glob("*.tar")).stem
+    changed = change((dataset / source.format(shard)).read_bytes())
+    (dataset / target.format(shard)).unlink(missing_ok=True)
+    if changed is not None:
+        (dataset / target.format(shard)).write_bytes(changed)
+    assert main(["verify", str(dataset), *(["--deep"] if what == "changed bytes" else [])]) == 1
+    *problems, last = capsys.readouterr().out.splitlines()
+    assert f"{len(problems)} problems" in last
+    assert all(line.startswith(target.format(shard)) for line in problems)
+    assert message in problems[0]
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then() -> None:
+    written = io.StringIO()
+    with DatasetProgress(Console(file=written, width=200), "sharding", "images", plain_every_s=0) as progress:
+        progress.advance(300, 10**6, total=1000, found=True)
+        progress.advance(200, 10**6, total=1000)
+    first, second = written.getvalue().splitlines()
+    assert first == "sharding: 300 of 1,000 images, 0 MB/s"
+    assert re.fullmatch(r"sharding: 500 of 1,000 images, \d+ MB/s, 0:00:00 left", second)
+    written = io.StringIO()
+    with DatasetProgress(Console(file=written), "sharding", "images", plain_every_s=3600) as progress:
+        progress.advance(1, 1, total=2)
+    assert not written.getvalue()
 
 
 def test_shard_takes_the_classes_too(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 Action = Literal[
-    *("403", "503", "cut the body", "reset", "lose the answer", "say nothing"),
-    *("stall in the body", "trickle", "flip a bit", "expired"),
+    *("403", "429", "500", "503", "cut the body", "reset", "lose the answer", "say nothing"),
+    *("stall in the body", "trickle", "flip a bit", "expired", "another version"),
 ]
 ACCESS_DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 
@@ -36,6 +36,8 @@ class Faults:
     num_matches: Counter[int] = field(default_factory=Counter)
     num_sent: Counter[str] = field(default_factory=Counter)
     """Bytes of bodies that were sent, by path."""
+    tokens: list[str] = field(default_factory=list)
+    """The session tokens of the requests so far."""
     over: threading.Event = field(default_factory=threading.Event)
 
     def plan(self, *faults: tuple[str, str, Action]) -> None:
@@ -76,13 +78,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.faults.tokens.append(self.headers.get("X-Amz-Security-Token", ""))
         action = self.server.faults.take(self.command, self.path)
         if action == "say nothing":
             self.server.faults.over.wait()
         if action in ("say nothing", "reset"):
             self.close_connection = True
-        elif action == "503":
-            self.answer(503, [("Content-Length", "0")], b"")
+        elif action in ("429", "500", "503"):
+            self.answer(int(action), [("Content-Length", "0")], b"")
         elif action == "403":
             self.answer(403, [("Content-Type", "application/xml")], ACCESS_DENIED)
         elif action == "expired":
@@ -94,6 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if action == "cut the body":
                 answer, self.close_connection = answer[: len(answer) // 2], True
+            if action == "another version":
+                changed = {"etag": '"another"', "last-modified": "Fri, 01 Jan 2100 00:00:00 GMT"}
+                headers = [(name, changed.get(name.lower(), value)) for name, value in headers]
             if action == "flip a bit":
                 answer = answer[:-1] + bytes([answer[-1] ^ 1])
             at_once = len(answer) // 2 if action in ("stall in the body", "trickle") else len(answer)

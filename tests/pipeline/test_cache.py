@@ -223,7 +223,7 @@ def test_a_folder_that_vanishes(tmp_path: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     folder.rmdir()
-    read(cached, source, 0, len(SHARD))
+    assert cached.read(3, len(SHARD), 0, len(SHARD), source) == SHARD
 
 
 class CountingStore(Store):

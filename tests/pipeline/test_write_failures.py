@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipeline.dataset import open_dataset
 from pipeline.errors import ManifestError, SourceError, StoreError
@@ -74,6 +75,48 @@ def test_a_killed_run_goes_on_where_it_was(
     assert len(done) == len(manifest.shards) == done[0].num_shards
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert read_files(target) == read_files(whole_dataset)
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from pipeline import store_s3
+from pipeline.sources import open_source
+from pipeline.write import write_dataset
+
+store_s3.PART_BYTES = 5 * 2**20
+parts = []
+
+def append_and_die(sink, data, append=store_s3.S3Sink.append):
+    append(sink, data)
+    parts.append(len(data))
+    if sum(parts) > 23 * 2**20:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+store_s3.S3Sink.append = append_and_die
+write_dataset(open_source(sys.argv[1]), sys.argv[2], shard_bytes=14 * 2**20)
+"""
+
+
+def test_a_run_killed_in_a_multipart_upload_leaves_no_part_of_a_shard(
+    bucket: str, tmp_path: Path, read_files: Files
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(16):  # 32 MB: three shards, of three parts each
+        Image.effect_noise((1500, 1500), 80).convert("RGB").save(tmp_path / f"in/{number}.jpg", quality=95)
+    source = tmp_path / "in"
+    arguments = [sys.executable, "-c", KILLED_WHILE_WRITING, str(source), bucket]
+    killed = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = {entry.path for entry in Store(bucket).list()}
+    assert left == {"shard-000000.tar", "shard-000000.idx", "index/shard-000000.parquet"}
+    done: list[ShardDone] = []
+    write(source, bucket, shard_bytes=14 * 2**20, on_progress=done.append)
+    assert [shard.name for shard in done if shard.resumed] == ["shard-000000"]
+    assert verify_dataset(Store(bucket), deep=True) == []
+    write(source, tmp_path / "at once", shard_bytes=14 * 2**20)
+    assert {entry.path: Store(bucket).read(entry.path) for entry in Store(bucket).list()} == read_files(
+        tmp_path / "at once"
+    )
 
 
 @pytest.mark.parametrize("lost", ["shard-000001.tar", "shard-000001.idx", "index/shard-000001.parquet"])

@@ -50,6 +50,9 @@ class RunProgress:
             step_s = float(record["step_s"])
             self._step_s = step_s if self._step_s == 0 else 0.9 * self._step_s + 0.1 * step_s
             self._last = record
+            if record["skipped"]:
+                found = f"loss {record['loss']:g}, gradient norm {record['grad_norm']:g}"
+                self._say(f"step {record['step']} was skipped: {found}; its samples are in the events", "yellow")
         if self._last is None or not news.records:
             return
         if self._console.is_terminal:

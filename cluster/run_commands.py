@@ -163,6 +163,8 @@ class ReconstructOptions:
     """Images, a row each."""
     seed: int = 0
     """Of the choice of images and masks."""
+    average: bool = False
+    """Use the encoder's averaged weights, which a run with --optim.ema-decay keeps."""
 
 
 def reconstruct(arguments: list[str]) -> int:
@@ -174,7 +176,7 @@ def reconstruct(arguments: list[str]) -> int:
     from trainer.evaluate.trained import load_trained
 
     check_at_least(options, num_samples=1, seed=0)
-    trained = load_trained(options.run)
+    trained = load_trained(options.run, average=options.average)
     data = whole_image_config(trained.config.data, options.num_samples, options.seed)
     with Loader(open_dataset(options.data), data) as loader:
         batch = next(loader)

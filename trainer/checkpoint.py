@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -50,7 +51,15 @@ Damage = tuple[str, str]
 """A file below the run's URL, and what is wrong with it."""
 
 
-def save(run: Store, model: nn.Module, optimizer: Optimizer, *, step: int, samples_seen: int) -> Commit:
+def save(
+    run: Store,
+    model: nn.Module,
+    optimizer: Optimizer,
+    extra: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    step: int,
+    samples_seen: int,
+) -> Commit:
     """Write the checkpoint of `step`, every rank its own part, and commit it.
 
     Whatever a killed save left at this step is removed first.
@@ -59,6 +68,7 @@ def save(run: Store, model: nn.Module, optimizer: Optimizer, *, step: int, sampl
         run: the run's store; the checkpoint goes below `checkpoints/`.
         model: sharded or not.
         optimizer: has made at least one update.
+        extra: more tensors, by name; sharded, or the same on every rank.
         step: completed optimizer updates.
         samples_seen: images trained on.
 
@@ -69,7 +79,8 @@ def save(run: Store, model: nn.Module, optimizer: Optimizer, *, step: int, sampl
     directory = step_directory(step)
     parallel.from_rank_zero(partial(_clear, run, directory), "checkpoint")
     writer = StoreWriter(run.child(directory))
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)["state"]}
+    state: dict[str, Any] = {"model": get_model_state_dict(model), "extra": dict(extra)}
+    state["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
     with _collective(f"cannot write {directory}") as group:
         dcp_save(state, storage_writer=writer, process_group=group)
     parts = parallel.gather(writer.files.written, "checkpoint")
@@ -147,7 +158,13 @@ def newest_step(run: Store) -> int | None:
     return None
 
 
-def load(run: Store, commit: Commit, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+def load(
+    run: Store,
+    commit: Commit,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    extra: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     """Load the weights of `commit`, and the optimizer's state if one is given, in place.
 
     The world size, and how the model is sharded, need not be those of the save. Hyperparameters are not in a
@@ -158,6 +175,7 @@ def load(run: Store, commit: Commit, model: nn.Module, optimizer: Optimizer | No
         commit: from `find_resume`.
         model: sharded or not.
         optimizer: over `model`'s parameters.
+        extra: tensors that were saved under these names, to fill in place.
 
     Raises:
         CheckpointError: it holds something other than this model's tensors, or was damaged after it verified.
@@ -165,7 +183,7 @@ def load(run: Store, commit: Commit, model: nn.Module, optimizer: Optimizer | No
     directory = run.child(commit.directory)
     metadata = parallel.together(partial(read_metadata, directory, commit), "checkpoint")
     weights = get_model_state_dict(model)
-    state: dict[str, Any] = {"model": weights}
+    state: dict[str, Any] = {"model": weights, "extra": dict(extra)}
     if optimizer is not None:
         moments = get_optimizer_state_dict(model, optimizer)
         state["optimizer"] = moments["state"]

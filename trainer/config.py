@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline import config as data_config
-from pipeline.config import DataConfig, StoreConfig, execution, require
+from pipeline.config import (
+    AugmentConfig,
+    DataConfig,
+    StoreConfig,
+    execution,
+    num_kept_patches,
+    num_patches,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +41,14 @@ class ModelConfig:
     """Attention heads of a decoder block."""
     norm_pix_loss: bool = True
     """Normalise each target patch by its own mean and variance."""
+    decoder: Literal["self", "cross"] = "self"
+    """`self`: visible and mask tokens attend to each other, as in MAE; `cross`: mask tokens attend to the encoder's
+    tokens only, those of all its depths mixed by learned weights (CrossMAE, arXiv:2401.14391)."""
+    predict_ratio: float | None = None
+    """Fraction of all patches that the cross decoder predicts in training, a random part of the removed ones; None
+    predicts all of these."""
+    masking_in_encoder: bool = False
+    """Give the encoder mask tokens for the removed patches, as BERT does: the paper's slow comparison (table 1c)."""
 
     def __post_init__(self) -> None:
         for prefix in ("", "decoder_"):
@@ -48,6 +64,16 @@ class ModelConfig:
             depth = getattr(self, f"{prefix}depth")
             require(depth >= 1, f"model.{prefix}depth ({depth}) must be at least 1")
         require(self.mlp_ratio > 0, f"model.mlp_ratio ({self.mlp_ratio}) must be positive")
+        require(self.decoder in ("self", "cross"), f"model.decoder ({self.decoder!r}) must be 'self' or 'cross'")
+        require(
+            self.predict_ratio is None or self.decoder == "cross",
+            f"model.predict_ratio ({self.predict_ratio}) needs model.decoder 'cross': in the other one the mask tokens "
+            "see each other",
+        )
+        require(
+            not self.masking_in_encoder or self.decoder == "self",
+            "model.masking_in_encoder needs model.decoder 'self': the cross decoder looks at visible tokens only",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +94,15 @@ class OptimConfig:
     """Length of the run, in optimizer steps."""
     warmup_fraction: float = 0.05
     """Share of the run that the learning rate rises from 0: 40 of 800 epochs in the paper."""
+    clip_norm: float | None = None
+    """Longest gradient, by its 2-norm over all parameters; a longer one is scaled down to it. None clips nothing."""
+    ema_decay: float | None = None
+    """Of a moving average of the encoder's weights that is kept beside them; None keeps none."""
+    spike_sigmas: float | None = None
+    """Skip an update whose loss or gradient norm is this many standard deviations above the mean of about the last 128
+    updates; None skips only what is not finite."""
+    max_skipped_steps: int = execution(10)
+    """Updates in a row that may be skipped before the run stops."""
 
     def __post_init__(self) -> None:
         require(0 < self.base_lr < math.inf, f"optim.base_lr ({self.base_lr}) must be positive and finite")
@@ -89,6 +124,20 @@ class OptimConfig:
             0 <= self.warmup_fraction < 1,
             f"optim.warmup_fraction ({self.warmup_fraction}) must be in [0, 1)",
         )
+        for name in ("clip_norm", "spike_sigmas"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 < value < math.inf,
+                f"optim.{name} ({value}) must be positive and finite; leave it out for none",
+            )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"optim.ema_decay ({self.ema_decay}) must be between 0 and 1, for example 0.9999",
+        )
+        require(
+            self.max_skipped_steps >= 0,
+            f"optim.max_skipped_steps ({self.max_skipped_steps}) must not be negative",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,11 +146,25 @@ class ParallelConfig:
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of parameters in forward and backward; gradients are reduced, and weights kept, in fp32."""
+    shard_size: int | None = execution(None)
+    """Ranks that share one copy of the model (FSDP2); None takes all. Fewer, for example those of a node, keep one copy
+    each group, and gather weights within it only (HSDP)."""
+    activation_checkpointing: Literal["none", "selective", "full"] = execution("none")
+    """What backward computes again: nothing; all but matrix products and attention; each block as a whole."""
+    compile: bool = execution(False)
+    """Compile each block with torch.compile."""
 
     def __post_init__(self) -> None:
+        for name, choices in (
+            ("precision", ("fp32", "bf16")),
+            ("activation_checkpointing", ("none", "selective", "full")),
+        ):
+            value = getattr(self, name)
+            words = ", ".join(repr(choice) for choice in choices)
+            require(value in choices, f"parallel.{name} ({value!r}) must be one of {words}")
         require(
-            self.precision in ("fp32", "bf16"),
-            f"parallel.precision ({self.precision!r}) must be 'fp32' or 'bf16'",
+            self.shard_size is None or self.shard_size >= 1,
+            f"parallel.shard_size ({self.shard_size}) must be at least 1",
         )
 
 
@@ -155,6 +218,19 @@ class TrainConfig:
             f"optim.min_lr ({self.optim.min_lr}) must be at most the peak learning rate ({peak_lr(self):g} = "
             "optim.base_lr * data.global_batch_size / 256)",
         )
+        augment, ratio = self.data.augment, self.model.predict_ratio
+        require(
+            1 <= num_predicted_patches(self.model, augment) <= num_patches(augment) - num_kept_patches(augment),
+            f"model.predict_ratio ({ratio}) must predict at least one patch, and at most those that "
+            f"data.augment.mask_ratio ({augment.mask_ratio}) removes",
+        )
+
+
+def num_predicted_patches(model: ModelConfig, augment: AugmentConfig) -> int:
+    """Patches that the loss is about: all removed ones, or `int(N * predict_ratio)`."""
+    if model.predict_ratio is None:
+        return num_patches(augment) - num_kept_patches(augment)
+    return int(num_patches(augment) * model.predict_ratio)
 
 
 def peak_lr(config: TrainConfig) -> float:
@@ -172,6 +248,11 @@ def num_steps(config: TrainConfig, num_samples: int) -> int:
 def check_world(config: TrainConfig, world_size: int) -> None:
     """Raise ValueError if `world_size` ranks cannot train this config."""
     data_config.check_world(config.data, world_size)
+    size = config.parallel.shard_size or world_size
+    require(
+        world_size % size == 0,
+        f"num_workers ({world_size}) must be divisible by parallel.shard_size ({size}), or leave that out",
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.optim import Optimizer
 
 from pipeline.config import num_patches, require
 from pipeline.dataset import Dataset
 from pipeline.loader import Batch, Loader
 from trainer import parallel
 from trainer.config import TrainConfig
-from trainer.mae import MAE
 from trainer.step_numbers import StepNumbers
-from trainer.update import build, update
+from trainer.update import Trainee, build, update
 
 Limit = Literal["model", "pipeline", "cpus"]
 
@@ -155,7 +153,7 @@ def measure_headspace(
     together: list[float] = []
     spent: list[tuple[float, float, float, float]] = []
     with parallel.process_mesh(device) as mesh:
-        trial = _Trial(config, *build(config, device, mesh), device, dataset.num_samples, num_steps)
+        trial = _Trial(config, build(config, device, mesh), device, dataset.num_samples, num_steps)
         with Loader(dataset, config.data, device=device) as loader:
             one = next(loader)
         for _ in range(num_rounds):
@@ -189,8 +187,7 @@ class _Trial:
     """The model and how long it is tried."""
 
     config: TrainConfig
-    model: MAE
-    optimizer: Optimizer
+    trainee: Trainee
     device: torch.device
     num_samples: int
     num_steps: int
@@ -210,7 +207,7 @@ class _Trial:
         started = time.perf_counter()
         for step in range(self._num_warmup, self._num_warmup + self.num_steps):
             self._update(batches, numbers, step)
-        records = numbers.read()  # waits for the device
+        records = [step.record for step in numbers.read()]  # waits for the device
         seconds = time.perf_counter() - started
         names = ("fetch_wait_s", "decode_wait_s", "copy_s", "model_s")
         rows: list[dict[str, Any]] = [dict(record) for record in records]
@@ -232,7 +229,7 @@ class _Trial:
 
     def _update(self, batches: Iterator[Batch], numbers: StepNumbers, step: int) -> None:
         # At a rate of 0 the weights stay, and the work is the same.
-        update(self.config, self.model, self.optimizer, batches, numbers, step=step, lr=0.0)
+        update(self.config, self.trainee, batches, numbers, step=step, lr=0.0)
 
     def _finish_copies(self) -> None:
         if self.device.type == "cuda":

@@ -10,10 +10,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import Optimizer
 
 from pipeline.errors import StoreError
 from pipeline.store import Store
@@ -21,11 +20,10 @@ from trainer import checkpoint, parallel
 from trainer.checkpoint import Commit
 from trainer.config import TrainConfig, num_steps
 from trainer.errors import TrainingError
-from trainer.mae import MAE
 from trainer.metrics import RunLog, SilentLog, StepRecord, attempt_directory
 from trainer.optim import learning_rate
-from trainer.step_numbers import StepNumbers
-from trainer.update import build, update
+from trainer.step_numbers import StepNumbers, StepRead
+from trainer.update import Trainee, build, update
 
 if TYPE_CHECKING:
     from pipeline.loader import Batch
@@ -73,18 +71,19 @@ def train(
         on_metrics: given every step's record, on rank 0.
 
     Raises:
-        TrainingError: loss or gradient are not finite, or the loader gave another step than the one due. No
-            checkpoint holds anything of that step.
+        TrainingError: too many updates in a row were skipped because loss or gradient were not finite or spiked, or
+            the loader gave another step than the one due. No checkpoint holds anything of these steps.
         CheckpointError, StoreError: a checkpoint could not be written or loaded.
     """
     total_steps = num_steps(config, num_samples)
     step = resume_from.step if resume_from else 0
     if step >= total_steps:
         return StopReason.FINISHED
-    with parallel.process_mesh(device) as mesh, _open_log(config, run, attempt, on_metrics) as log:
-        model, optimizer = build(config, device, mesh)
+    shard_size = config.parallel.shard_size
+    with parallel.process_mesh(device, shard_size) as mesh, _open_log(config, run, attempt, on_metrics) as log:
+        trainee = build(config, device, mesh)
         if resume_from is not None:
-            checkpoint.load(run, resume_from, model, optimizer)
+            checkpoint.load(run, resume_from, trainee.model, trainee.optimizer, trainee.extra_tensors())
         _log_start(log, attempt, resume_from)
         batches = iter(loader)
         numbers = StepNumbers(config, num_samples, device)
@@ -93,17 +92,17 @@ def train(
 
         while step < total_steps and not stopping:
             lr = learning_rate(config, step, total_steps)
-            quarantined += update(config, model, optimizer, batches, numbers, step=step, lr=lr)
+            quarantined += update(config, trainee, batches, numbers, step=step, lr=lr)
             step += 1
 
             look_due = step % config.log.every_steps == 0 or step == total_steps
             save_due = step % config.checkpoint.every_steps == 0 or step == total_steps
             if look_due or save_due:
-                _report(log, numbers, quarantined)
+                _report(log, numbers, quarantined, config.optim.max_skipped_steps)
             if look_due:
                 stopping = parallel.agree(parallel.together(should_stop))
             if save_due or stopping:
-                _save(config, run, model, optimizer, log, step=step)
+                _save(config, run, trainee, log, step=step)
                 numbers.restart_clock()
 
         reason = StopReason.FINISHED if step == total_steps else StopReason.STOPPED
@@ -130,29 +129,47 @@ def _log_start(log: RunLog, attempt: int, resume_from: Commit | None) -> None:
     )
 
 
-def _report(log: RunLog, numbers: StepNumbers, quarantined: list[Quarantined]) -> None:
-    """Read the numbers of the last steps, check them, and write them and the replaced samples to the log."""
+def _report(log: RunLog, numbers: StepNumbers, quarantined: list[Quarantined], max_skipped_steps: int) -> None:
+    """Read the numbers of the last steps, and write them, skipped steps and replaced samples to the log."""
     replaced = [sample for rank in parallel.gather(quarantined) for sample in rank]
     log.events({"event": "quarantined", **dataclasses.asdict(sample)} for sample in replaced)
     quarantined.clear()
-    records = numbers.read()
-    for at, record in enumerate(records):
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            log.records(records[:at])
-            found = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-            log.event("stop", step=record["step"], reason="non_finite", found=found)
-            raise TrainingError(
-                f"step {record['step']} is not finite ({found}); no checkpoint holds it. "
-                "Lower optim.base_lr, or train with parallel.precision fp32"
-            )
-    log.records(records)
+    steps = numbers.read()
+    log.events(_skipped_event(step) for step in steps if step.record["skipped"])
+    log.records(step.record for step in steps)
+    last = max(steps, key=lambda step: step.skipped_in_a_row)
+    if last.skipped_in_a_row > max_skipped_steps:
+        event = _skipped_event(last)
+        found = f"loss {last.record['loss']:g}, gradient norm {last.record['grad_norm']:g}"
+        log.event("stop", step=last.record["step"], reason=event["reason"], found=found)
+        raise TrainingError(
+            f"{last.skipped_in_a_row} updates in a row were skipped, more than optim.max_skipped_steps "
+            f"({max_skipped_steps}); the last, step {last.record['step']}, was "
+            f"{'not finite' if event['reason'] == 'non_finite' else 'a spike'} ({found}; samples {last.suspects}). "
+            "No checkpoint holds them. Lower optim.base_lr, or train with parallel.precision fp32"
+        )
 
 
-def _save(config: TrainConfig, run: Store, model: MAE, optimizer: Optimizer, log: RunLog, *, step: int) -> None:
+def _skipped_event(step: StepRead) -> dict[str, Any]:
+    record = step.record
+    finite = math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+    return {
+        "event": "skipped",
+        "step": record["step"],
+        "reason": "spike" if finite else "non_finite",
+        "loss": record["loss"],
+        "grad_norm": record["grad_norm"],
+        "sample_ids": step.suspects,
+    }
+
+
+def _save(config: TrainConfig, run: Store, trainee: Trainee, log: RunLog, *, step: int) -> None:
     # First the records: a step that is in a checkpoint is never done again, so its record must not be lost.
     parallel.from_rank_zero(log.flush)
     started = time.perf_counter()
-    commit = checkpoint.save(run, model, optimizer, step=step, samples_seen=step * config.data.global_batch_size)
+    samples_seen = step * config.data.global_batch_size
+    extra = trainee.extra_tensors()
+    commit = checkpoint.save(run, trainee.model, trainee.optimizer, extra, step=step, samples_seen=samples_seen)
     log.event("save", step=step, seconds=time.perf_counter() - started, num_bytes=commit.num_bytes)
     if parallel.rank() == 0:
         try:

@@ -1,5 +1,8 @@
 """The masked autoencoder: encode what is visible, predict what was removed.
 
+There are two decoders: MAE's, in which visible and mask tokens attend to each other, and CrossMAE's, in which each mask
+token looks for itself at what the encoder's blocks made of the visible patches.
+
 Four savings change nothing in the result: only visible patches are embedded; the decoder works in the mask's own
 order (visible tokens, then mask tokens), so nothing is shuffled back; its last block computes queries, MLP and
 prediction for removed patches only; targets are gathered for removed patches only.
@@ -13,17 +16,19 @@ import math
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.config import AugmentConfig
-from trainer.config import ModelConfig, TrainConfig
-from trainer.vit import NORM_EPS, Block, PatchEmbed, patchify, position_embedding, unpatchify
+from trainer.config import ModelConfig, TrainConfig, num_predicted_patches
+from trainer.vit import NORM_EPS, Block, CrossBlock, PatchEmbed, patchify, position_embedding, unpatchify
 
 
 class MAE(nn.Module):
     """A masked autoencoder with the parameter names of the published weights.
 
     Source:
-        He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", section 3 and appendix A.1.
+        He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", section 3 and appendix A.1; for the cross
+        decoder Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders", section 3.
     """
 
     pos_embed: Tensor
@@ -34,19 +39,29 @@ class MAE(nn.Module):
         self.patch_size = augment.patch_size
         self.grid = (augment.image_size[0] // self.patch_size, augment.image_size[1] // self.patch_size)
         self.norm_pix_loss = model.norm_pix_loss
+        self.num_predicted = num_predicted_patches(model, augment)
+        self.cross = model.decoder == "cross"
+        self.masking_in_encoder = model.masking_in_encoder
         width, decoder_width = model.embed_dim, model.decoder_embed_dim
 
         self.patch_embed = PatchEmbed(self.patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         # Buffers, not frozen parameters: nothing to shard, gather or give to the optimizer.
         self.register_buffer("pos_embed", position_embedding(width, *self.grid))
-        self.blocks = _blocks(width, model.depth, model.num_heads, model.mlp_ratio)
+        self.blocks = nn.ModuleList(Block(width, model.num_heads, model.mlp_ratio) for _ in range(model.depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
-        self.decoder_embed = nn.Linear(width, decoder_width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
+        # In the encoder or in the decoder, wherever removed patches come in.
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width if self.masking_in_encoder else decoder_width))
         self.register_buffer("decoder_pos_embed", position_embedding(decoder_width, *self.grid))
-        self.decoder_blocks = _blocks(decoder_width, model.decoder_depth, model.decoder_num_heads, model.mlp_ratio)
+        heads, decoder_depth = model.decoder_num_heads, range(model.decoder_depth)
+        if self.cross:
+            self.feature_weights = nn.Parameter(torch.zeros(model.decoder_depth, model.depth + 1))
+            cross = (CrossBlock(decoder_width, width, heads, model.mlp_ratio) for _ in decoder_depth)
+            self.decoder_blocks = nn.ModuleList(cross)
+        else:
+            self.decoder_embed = nn.Linear(width, decoder_width)
+            self.decoder_blocks = nn.ModuleList(Block(decoder_width, heads, model.mlp_ratio) for _ in decoder_depth)
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=NORM_EPS)
         self.decoder_pred = nn.Linear(decoder_width, 3 * self.patch_size**2)
 
@@ -66,16 +81,21 @@ class MAE(nn.Module):
             images: normalised pixels, see `normalize`; float32 whatever the parameters' precision, as the target
                 is made of them.
             kept_ids: the visible patches of each image, row-major in the grid.
-            masked_ids: the removed ones; with `kept_ids`, each patch once.
+            masked_ids: the removed ones, in random order; with `kept_ids`, each patch once.
             predict: return what is predicted for the removed patches in place of the loss.
 
         Returns:
-            In float32, or wider if images are: the mean square error over each image's removed patches, or the
-            predictions in the order of `masked_ids`, patches laid out as by `patchify`.
+            In float32, or wider if images are: the mean square error over each image's removed patches (the first
+            ones, if `predict_ratio` says so), or the predictions in the order of `masked_ids`, patches laid out as by
+            `patchify`.
         """
         patches = patchify(images.to(torch.promote_types(images.dtype, torch.float32)), self.patch_size)
-        latent = self._encode(_take(patches, kept_ids), kept_ids)
-        predicted = self._decode(latent, kept_ids, masked_ids).to(patches.dtype)
+        features = self._encode(_take(patches, kept_ids), kept_ids, masked_ids)
+        if self.cross:
+            masked_ids = masked_ids if predict else masked_ids[:, : self.num_predicted]
+            predicted = self._decode_cross(features, masked_ids).to(patches.dtype)
+        else:
+            predicted = self._decode(features[-1], kept_ids, masked_ids).to(patches.dtype)
         if predict:
             return predicted
         target = _take(patches, masked_ids)  # [B, M, P]
@@ -110,37 +130,61 @@ class MAE(nn.Module):
         """Fill every parameter and buffer, also those that `to_empty` left undefined.
 
         Each parameter has a generator of its own, keyed by seed and name: no value depends on torch's global
-        state, on the device, or on which other parameters there are.
+        state, on the device, on how the model is sharded, or on which other parameters there are.
         """
         for embedding in (self.pos_embed, self.decoder_pos_embed):
             embedding.copy_(position_embedding(embedding.shape[-1], *self.grid))
         for name, parameter in self.named_parameters():
-            parameter.copy_(_initial_value(name, parameter.shape, seed, patch_values=3 * self.patch_size**2))
+            value = _initial_value(name, parameter.shape, seed, patch_values=3 * self.patch_size**2)
+            if isinstance(parameter, DTensor):  # each rank has made the whole tensor, and keeps its part of it
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(value)
 
-    def _encode(self, patches: Tensor, kept_ids: Tensor) -> Tensor:
-        """Visible patches [B, K, P] -> class token and visible tokens [B, 1 + K, D]."""
+    def _encode(self, patches: Tensor, kept_ids: Tensor, masked_ids: Tensor) -> list[Tensor]:
+        """Visible patches [B, K, P] -> the tokens before and after each block, the last ones normalised.
+
+        Only the last ones for a decoder that needs no others. Tokens are the class token, the visible patches, and with
+        `masking_in_encoder` the removed ones: [B, T, D].
+        """
         tokens = self.patch_embed(patches)
         positions = self.pos_embed.to(tokens.dtype)
-        tokens = tokens + positions[0, 1:][kept_ids]
-        class_token = (self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1)
-        tokens = torch.cat([class_token, tokens], dim=1)
+        parts = [(self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1), tokens + positions[0, 1:][kept_ids]]
+        if self.masking_in_encoder:
+            parts.append(self.mask_token + positions[0, 1:][masked_ids])
+        tokens = torch.cat(parts, dim=1)
+        features = [tokens]
         for block in self.blocks:
             tokens = block(tokens)
-        encoded: Tensor = self.norm(tokens)
-        return encoded
+            features.append(tokens)
+        normalised = self.norm(tokens)
+        return [*features[:-1], normalised] if self.cross else [normalised]
 
     def _decode(self, latent: Tensor, kept_ids: Tensor, masked_ids: Tensor) -> Tensor:
-        """Latent [B, 1 + K, D] -> predictions [B, M, P] of the removed patches."""
-        visible = self.decoder_embed(latent)
-        positions = self.decoder_pos_embed.to(visible.dtype)
-        class_token = visible[:, :1] + positions[:, :1]
-        visible = visible[:, 1:] + positions[0, 1:][kept_ids]
-        removed = self.mask_token + positions[0, 1:][masked_ids]  # [B, M, decoder D]
-        tokens = torch.cat([class_token, visible, removed], dim=1)
+        """Latent [B, T, D] -> predictions [B, M, P] of the removed patches."""
+        embedded = self.decoder_embed(latent)
+        positions = self.decoder_pos_embed.to(embedded.dtype)
+        if self.masking_in_encoder:
+            places = torch.cat([kept_ids, masked_ids], dim=1) + 1
+            tokens = torch.cat([embedded[:, :1] + positions[:, :1], embedded[:, 1:] + positions[0][places]], dim=1)
+        else:
+            class_token = embedded[:, :1] + positions[:, :1]
+            visible = embedded[:, 1:] + positions[0, 1:][kept_ids]
+            removed = self.mask_token + positions[0, 1:][masked_ids]  # [B, M, decoder D]
+            tokens = torch.cat([class_token, visible, removed], dim=1)
         *earlier, last = self.decoder_blocks
         for block in earlier:
             tokens = block(tokens)
         tokens = last(tokens, num_queries=masked_ids.shape[1])
+        predicted: Tensor = self.decoder_pred(self.decoder_norm(tokens))
+        return predicted
+
+    def _decode_cross(self, features: list[Tensor], masked_ids: Tensor) -> Tensor:
+        """The encoder's tokens at all depths, each [B, T, D] -> predictions [B, M, P] of removed patches."""
+        stacked = torch.stack(features)  # [1 + depth, B, T, D]
+        contexts = (self.feature_weights @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
+        tokens = self.mask_token + self.decoder_pos_embed.to(stacked.dtype)[0, 1:][masked_ids]  # [B, M, decoder D]
+        for block, context in zip(self.decoder_blocks, contexts, strict=True):
+            tokens = block(tokens, context)
         predicted: Tensor = self.decoder_pred(self.decoder_norm(tokens))
         return predicted
 
@@ -173,10 +217,6 @@ def normalize(
     return torch.stack(channels, dim=1)
 
 
-def _blocks(dim: int, depth: int, num_heads: int, mlp_ratio: float) -> nn.ModuleList:
-    return nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
-
-
 def _wide(ids: Tensor, width: int) -> Tensor:
     return ids[:, :, None].expand(-1, -1, width)  # [B, K] -> [B, K, P]
 
@@ -202,6 +242,8 @@ def _initial_value(name: str, shape: torch.Size, seed: int, patch_values: int) -
     value = torch.empty(shape, device="cpu")
     if name in ("cls_token", "mask_token"):
         return nn.init.normal_(value, std=0.02, generator=generator)
+    if name == "feature_weights":  # each decoder block begins with the mean over all depths
+        return value.fill_(1 / shape[1])
     if name == "patch_embed.proj.bias":  # left as a convolution has it
         bound = 1 / math.sqrt(patch_values)
         return nn.init.uniform_(value, -bound, bound, generator=generator)

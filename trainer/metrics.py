@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from pipeline.errors import StoreError
 from pipeline.store import Store
@@ -34,10 +35,12 @@ class StepRecord(TypedDict):
     """Passes over the dataset so far."""
     samples_seen: int
     loss: float
-    """Mean over the step's images, before the update."""
+    """Mean over the step's images, before the update. Not a number in some skipped steps; JSON has null there."""
     lr: float
     grad_norm: float
-    """2-norm of the gradient over all parameters."""
+    """2-norm of the gradient over all parameters, before it is clipped; as `loss` where it is not finite."""
+    skipped: bool
+    """The update was not made: loss or gradient were not finite, or a spike. An event says which samples it had."""
     images_per_s: float
     data_wait_s: float
     """Time that the model waited for its images: `fetch_wait_s + decode_wait_s`.
@@ -96,7 +99,7 @@ class MetricsWriter:
 
     def add(self, records: Iterable[StepRecord]) -> None:
         """Queue records."""
-        lines = [json.dumps(record) for record in records]
+        lines = [_to_json(record) for record in records]
         with self._lock:
             self._waiting += lines
 
@@ -145,7 +148,7 @@ class EventLog:
     def add_all(self, events: Iterable[Event]) -> None:
         """Write several events at once, each with its `event` and fields."""
         now = time.time()
-        self._lines += [json.dumps({"event": event["event"], "time": now, **event}) for event in events]
+        self._lines += [_to_json({"event": event["event"], "time": now, **event}) for event in events]
         try:
             self._write()
         except StoreError as error:
@@ -237,13 +240,25 @@ def read_metrics(run: Store) -> list[StepRecord]:
     """The step records of a run in the order of their steps; of a step done twice, the latest attempt's."""
     by_step: dict[int, StepRecord] = {}
     for _, records in _read_lines(run, _PART):
-        by_step.update({record["step"]: record for record in records})
+        by_step.update({record["step"]: _with_nan(record) for record in records})
     return [by_step[step] for step in sorted(by_step)]
 
 
 def read_events(run: Store) -> list[Event]:
     """The events of all attempts, each with its `attempt`, in the order in which they were written."""
     return [{**event, "attempt": attempt} for (attempt, *_), events in _read_lines(run, _EVENTS) for event in events]
+
+
+def _to_json(record: Mapping[str, Any]) -> str:
+    """JSON has no word for what is not finite."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+    return json.dumps(finite)
+
+
+def _with_nan(record: dict[str, Any]) -> StepRecord:
+    return cast(StepRecord, {name: math.nan if value is None else value for name, value in record.items()})
 
 
 def _read_lines(run: Store, name: re.Pattern[str]) -> list[tuple[tuple[int, ...], list[Any]]]:

@@ -1,4 +1,4 @@
-"""The ranks of a run: device and mesh, the sharded model, and decisions that all ranks take alike."""
+"""The ranks of a run: their mesh, and decisions that all of them take alike."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from typing import Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
-from trainer.config import ParallelConfig
 from trainer.errors import PeerError
 
 T = TypeVar("T")
@@ -25,11 +22,16 @@ _groups: dict[Purpose, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
 
 
 @contextmanager
-def process_mesh(device: torch.device) -> Iterator[DeviceMesh]:
+def process_mesh(device: torch.device, shard_size: int | None = None) -> Iterator[DeviceMesh]:
     """A mesh over all ranks, for as long as the context lasts.
 
     A process that belongs to no process group becomes a group of one, so that a single process runs the same
     code as many.
+
+    Args:
+        device: of each rank.
+        shard_size: ranks that share one copy of the model, a divisor of the world size; None and the world size give
+            a mesh of one dimension, fewer one of (copies, shards).
     """
     alone = not dist.is_initialized()
     if alone:
@@ -37,7 +39,13 @@ def process_mesh(device: torch.device) -> Iterator[DeviceMesh]:
         store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in __all__
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        yield init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+        world = dist.get_world_size()
+        if shard_size in (None, world):
+            yield init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        else:
+            assert shard_size is not None
+            shape = (world // shard_size, shard_size)
+            yield init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
     finally:
         if alone:
             dist.destroy_process_group()
@@ -52,36 +60,6 @@ def rank() -> int:
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def shard_model(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> None:
-    """Shard `model` over `mesh` in place with FSDP2: every block on its own, the rest with the root.
-
-    Weights and gradients are kept and reduced in fp32; `bf16` is the precision of forward and backward.
-
-    Args:
-        model: has `blocks` and `decoder_blocks`; the same weights on every rank.
-        config: the precision.
-        mesh: from `process_mesh`.
-    """
-    policy = _policy(config, cast_inputs=True)
-    for name in ("blocks", "decoder_blocks"):
-        for block in model.get_submodule(name).children():
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The root is handed images, of which the loss's targets are made: those stay in fp32.
-    fully_shard(model, mesh=mesh, mp_policy=_policy(config, cast_inputs=False))
-
-
-def _policy(config: ParallelConfig, *, cast_inputs: bool) -> MixedPrecisionPolicy:
-    if config.precision == "fp32":
-        return MixedPrecisionPolicy(cast_forward_inputs=cast_inputs)
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=cast_inputs)
-
-
-def local_grad_norm(model: nn.Module) -> Tensor:
-    """2-norm of this rank's part of the gradient, on the device; the ranks' squares add up to the whole's."""
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm([grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads])
 
 
 def gloo_group(purpose: Purpose) -> dist.ProcessGroup | None:

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from trainer import parallel
 from trainer.config import TrainConfig
+from trainer.guard import Verdict
 from trainer.metrics import StepRecord
+
+_NUM_SUSPECTS = 8
 
 
 def sample_ids_digest(sample_ids: Int[Tensor, " B"]) -> Int[Tensor, ""]:
@@ -57,9 +60,21 @@ class _Step:
     lr: float
     loss_sum: Tensor
     digest: Tensor
-    grad_norm: Tensor
+    verdict: Verdict
+    images: list[tuple[Tensor, Tensor]]
+    """Losses and sample ids of each micro-batch."""
     spent: _Spent
     time: float
+
+
+@dataclass(frozen=True)
+class StepRead:
+    """One step as `StepNumbers.read` found it, the same on every rank."""
+
+    record: StepRecord
+    skipped_in_a_row: int
+    suspects: list[int]
+    """Of a skipped step, the sample ids whose loss is not finite, or else those of the largest losses of each rank."""
 
 
 class StepNumbers:
@@ -73,9 +88,10 @@ class StepNumbers:
         self._begin()
 
     def _begin(self) -> None:
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        """Over this rank's images of the current step so far, on the device."""
         self._digest = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._grad_norm = torch.zeros((), device=self._device)
+        self._images: list[tuple[Tensor, Tensor]] = []
         self._spent = _Spent()
         self._started = time.perf_counter()
 
@@ -102,48 +118,57 @@ class StepNumbers:
 
     def add(self, losses: Float[Tensor, " B"], sample_ids: Int[Tensor, " B"]) -> None:
         """Add a micro-batch to the current step."""
-        self._loss_sum += losses.detach().sum(dtype=torch.float64)
+        self.loss_sum += losses.detach().sum(dtype=torch.float64)
         self._digest += sample_ids_digest(sample_ids)
+        self._images.append((losses.detach(), sample_ids))
 
-    def measure_gradient(self, grad_norm: Float[Tensor, ""]) -> None:
-        """Set the 2-norm of this rank's part of the current step's gradient."""
-        self._grad_norm = grad_norm
-
-    def end_step(self, step: int, lr: float) -> None:
-        """End the current step: `step` updates are complete, this one included, made at the rate `lr`."""
+    def end_step(self, step: int, lr: float, verdict: Verdict) -> None:
+        """End the current step: `step` updates are complete, this one included, made or skipped at the rate `lr`."""
         self._spent.step_s = time.perf_counter() - self._started
         self._steps.append(
             _Step(
                 step=step,
                 lr=lr,
-                loss_sum=self._loss_sum,
+                loss_sum=self.loss_sum,
                 digest=self._digest,
-                grad_norm=self._grad_norm,
+                verdict=verdict,
+                images=self._images,
                 spent=self._spent,
                 time=time.time(),
             )
         )
         self._begin()
 
-    def read(self) -> list[StepRecord]:
-        """The records of the steps since the last read, over all ranks and the same on all: a collective.
+    def read(self) -> list[StepRead]:
+        """The steps since the last read, over all ranks and the same on all: a collective.
 
         The only place of a training step where the host waits for the device.
         """
         steps, self._steps = self._steps, []
         if not steps:
             return []
-        floats = torch.stack([torch.stack([step.loss_sum, step.grad_norm.double() ** 2]) for step in steps])
+        floats = torch.stack(
+            [
+                torch.stack([step.loss_sum, step.verdict.grad_norm.double(), step.verdict.skipped_in_a_row.double()])
+                for step in steps
+            ]
+        )
         digests = torch.stack([step.digest for step in steps])
-        packed = torch.cat([floats.view(torch.int64), digests[:, None]], dim=1).cpu()  # [steps, 3]
+        packed = torch.cat([floats.view(torch.int64), digests[:, None]], dim=1).cpu()  # [steps, 4]
         self._share_wait(steps)
-        sums = parallel.all_reduce(packed[:, :2].contiguous().view(torch.float64))
-        digests = parallel.all_reduce(packed[:, 2].contiguous())
+        loss_sums = parallel.all_reduce(packed[:, 0].contiguous().view(torch.float64)).tolist()
+        norms, in_a_row = packed[:, 1:3].contiguous().view(torch.float64).T.tolist()  # the same on all ranks already
+        digests = parallel.all_reduce(packed[:, 3].contiguous())
         ranks = parallel.gather([step.spent for step in steps])
         slowest = [max(spent, key=lambda one: one.data_wait_s) for spent in zip(*ranks, strict=True)]
+        columns = zip(steps, loss_sums, norms, in_a_row, digests.tolist(), slowest, strict=True)
         return [
-            self._record(step, *numbers)
-            for step, *numbers in zip(steps, *sums.T.tolist(), digests.tolist(), slowest, strict=True)
+            StepRead(
+                self._record(step, loss_sum, norm, skipped > 0, digest, spent),
+                int(skipped),
+                _suspects(step) if skipped else [],
+            )
+            for step, loss_sum, norm, skipped, digest, spent in columns
         ]
 
     def _share_wait(self, steps: list[_Step]) -> None:
@@ -153,7 +178,9 @@ class StepNumbers:
             step.spent.step_s += waited_s
         self.restart_clock()
 
-    def _record(self, step: _Step, loss_sum: float, square_norm: float, digest: int, spent: _Spent) -> StepRecord:
+    def _record(
+        self, step: _Step, loss_sum: float, grad_norm: float, skipped: bool, digest: int, spent: _Spent
+    ) -> StepRecord:
         batch = self._config.data.global_batch_size
         samples_seen = step.step * batch
         return StepRecord(
@@ -162,7 +189,8 @@ class StepNumbers:
             samples_seen=samples_seen,
             loss=loss_sum / batch,
             lr=step.lr,
-            grad_norm=square_norm**0.5,
+            grad_norm=grad_norm,
+            skipped=skipped,
             images_per_s=batch / spent.step_s,
             data_wait_s=spent.data_wait_s,
             fetch_wait_s=spent.fetch_wait_s,
@@ -173,3 +201,13 @@ class StepNumbers:
             time=step.time,
             sample_ids_digest=f"{digest % 2**64:016x}",
         )
+
+
+def _suspects(step: _Step) -> list[int]:
+    """The sample ids that a skipped step is put down to, of all ranks: a collective."""
+    losses = torch.cat([losses for losses, _ in step.images]).float().cpu()
+    ids = torch.cat([ids for _, ids in step.images]).cpu()
+    broken = ids[~torch.isfinite(losses)]
+    largest = ids[losses.nan_to_num().topk(min(_NUM_SUSPECTS, len(ids))).indices]
+    found = parallel.gather((broken.tolist(), largest.tolist()))
+    return sorted({id_ for broken, _ in found for id_ in broken} or {id_ for _, largest in found for id_ in largest})

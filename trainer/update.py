@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -13,10 +14,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from trainer import parallel
+from trainer.average import EncoderAverage, ema_tensors
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
-from trainer.mae import MAE, build_mae, normalize
+from trainer.guard import StepGuard
+from trainer.mae import MAE, normalize
 from trainer.optim import build_optimizer
+from trainer.sharding import build_sharded
 from trainer.step_numbers import StepNumbers
 
 if TYPE_CHECKING:
@@ -24,17 +28,31 @@ if TYPE_CHECKING:
     from pipeline.reader import Quarantined
 
 
-def build(config: TrainConfig, device: torch.device, mesh: DeviceMesh) -> tuple[MAE, Optimizer]:
-    """The model with its initial weights, on the device and sharded over the mesh, and its optimizer."""
-    model = build_mae(config).to(device)
-    parallel.shard_model(model, config.parallel, mesh)
-    return model, build_optimizer(config, model)
+@dataclass(frozen=True)
+class Trainee:
+    """What a run changes from step to step, all of it in its checkpoints."""
+
+    model: MAE
+    optimizer: Optimizer
+    guard: StepGuard
+    average: EncoderAverage | None
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside model and optimizer, by name."""
+        average = ema_tensors(self.average.tensors) if self.average is not None else {}
+        return {"guard": self.guard.state} | average
+
+
+def build(config: TrainConfig, device: torch.device, mesh: DeviceMesh) -> Trainee:
+    """The model with its initial weights, on the device and sharded over the mesh, and what goes with it."""
+    model = build_sharded(config, device, mesh)
+    average = EncoderAverage(model, config.optim.ema_decay) if config.optim.ema_decay is not None else None
+    return Trainee(model, build_optimizer(config, model), StepGuard(config, mesh, device), average)
 
 
 def update(
     config: TrainConfig,
-    model: MAE,
-    optimizer: Optimizer,
+    trainee: Trainee,
     batches: Iterator[Batch],
     numbers: StepNumbers,
     *,
@@ -47,8 +65,7 @@ def update(
 
     Args:
         config: the recipe.
-        model: from `build`.
-        optimizer: from `build`.
+        trainee: from `build`.
         batches: this rank's micro-batches; those of `step` are taken.
         numbers: told about the step.
         step: updates completed before this one.
@@ -57,6 +74,7 @@ def update(
     Raises:
         TrainingError: the loader gave another step than the one due, or nothing.
     """
+    model, optimizer = trainee.model, trainee.optimizer
     quarantined: list[Quarantined] = []
     # FSDP takes the mean over the ranks of what each adds up. They may hold different numbers of images, so each
     # weighs an image by the world size over the global batch: the mean over the batch then comes out exactly.
@@ -73,10 +91,12 @@ def update(
         (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
         numbers.add(losses, batch.sample_ids)
         quarantined += batch.quarantined
-    numbers.measure_gradient(parallel.local_grad_norm(model))
+    verdict = trainee.guard.judge(model, optimizer, numbers.loss_sum)
     optimizer.step()
     optimizer.zero_grad()
-    numbers.end_step(step + 1, lr)
+    if trainee.average is not None:
+        trainee.average.update()
+    numbers.end_step(step + 1, lr, verdict)
     return quarantined
 
 

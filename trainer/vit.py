@@ -86,13 +86,33 @@ class Attention(nn.Module):
             weight, bias = self.qkv.weight, self.qkv.bias
             query = F.linear(tokens[:, -num_queries:], weight[:dim], bias[:dim])
             key, value = F.linear(tokens, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(self._split(query), self._split(key), self._split(value))
-        projected: Tensor = self.proj(attended.transpose(1, 2).flatten(2))
+        projected: Tensor = self.proj(_attend(query, key, value, self.num_heads))
         return projected
 
-    def _split(self, tokens: Tensor) -> Tensor:
-        batch, length, _ = tokens.shape
-        return tokens.view(batch, length, self.num_heads, -1).transpose(1, 2)  # -> [B, heads, T, D/heads]
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from some tokens to others of another width."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(context_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Float[Tensor, "B Q D"], context: Float[Tensor, "B T E"]) -> Float[Tensor, "B Q D"]:
+        """Attend from each token to all of `context`."""
+        key, value = self.kv(context).chunk(2, dim=-1)
+        projected: Tensor = self.proj(_attend(self.q(tokens), key, value, self.num_heads))
+        return projected
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Queries [B, Q, D], keys and values [B, T, D] -> what each query found [B, Q, D]."""
+    query, key, value = (
+        tokens.view(*tokens.shape[:2], num_heads, -1).transpose(1, 2) for tokens in (query, key, value)
+    )  # [B, heads, T, D/heads]
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -132,5 +152,23 @@ class Block(nn.Module):
         """
         attended = self.attn(self.norm1(tokens), num_queries)
         tokens = tokens[:, -attended.shape[1] :] + attended
+        transformed: Tensor = tokens + self.mlp(self.norm2(tokens))
+        return transformed
+
+
+class CrossBlock(nn.Module):
+    """A pre-norm transformer block whose tokens attend to a context, and not to each other."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm_context = nn.LayerNorm(context_dim, eps=NORM_EPS)
+        self.attn = CrossAttention(dim, context_dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, tokens: Float[Tensor, "B Q D"], context: Float[Tensor, "B T E"]) -> Float[Tensor, "B Q D"]:
+        """Transform tokens by what they find in `context`."""
+        tokens = tokens + self.attn(self.norm1(tokens), self.norm_context(context))
         transformed: Tensor = tokens + self.mlp(self.norm2(tokens))
         return transformed

@@ -15,6 +15,7 @@ RECORD = {
     "images_per_s": 321.4,
     "data_wait_s": 0.1,
     "step_s": 2.0,
+    "skipped": False,
 }
 
 
@@ -30,6 +31,11 @@ def test_the_line_has_step_loss_lr_speed_wait_and_time_left():
     text = shown(News(records=[RECORD]))
     for part in ("50/200", "0.9877", "1.50e-04", "321", "5%", "5:00"):
         assert part in text
+
+
+def test_a_skipped_update_is_told():
+    text = shown(News(records=[RECORD | {"step": 51, "loss": float("nan"), "grad_norm": 7.5, "skipped": True}]))
+    assert "step 51 was skipped: loss nan, gradient norm 7.5" in text
 
 
 def test_a_restart_is_told_with_where_it_resumed():

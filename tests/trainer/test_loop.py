@@ -29,6 +29,7 @@ from pipeline.store import Store
 from trainer import checkpoint, parallel
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
+from trainer.guard import Verdict
 from trainer.loop import StopReason, train
 from trainer.mae import build_mae, normalize
 from trainer.metrics import read_events, read_metrics
@@ -42,10 +43,17 @@ def checkpoint_files(run: Path, step: int) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.distcp"))}
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_interrupted_run_is_bit_identical_to_one_that_was_not(tmp_path: Path, world_size: int) -> None:
+PLAIN: dict[str, Any] = {}
+ALL: dict[str, Any] = {"clip_norm": 0.5, "ema_decay": 0.9, "spike_sigmas": 6.0}
+
+
+@pytest.mark.parametrize(("world_size", "fields"), [(1, PLAIN), (1, ALL), pytest.param(2, ALL, marks=pytest.mark.slow)])
+def test_an_interrupted_run_is_bit_identical_to_one_that_was_not(
+    tmp_path: Path, world_size: int, fields: dict[str, Any]
+) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     config = tiny_config()
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **fields))
     run_ranks(train_attempt, world_size, str(straight), config)
     first = run_ranks(_stop_at_4, world_size, str(stopped), config)
     second = run_ranks(train_attempt, world_size, str(stopped), config)
@@ -174,8 +182,9 @@ def test_a_batch_that_was_ready_is_no_wait_for_bytes_however_late_they_came() ->
     numbers = StepNumbers(tiny_config(), NUM_SAMPLES, CPU)
     numbers.waited(started=100.0, ended=100.5, fetched_at=99.0, copy_s=0.125)
     numbers.add(torch.zeros(8), torch.arange(8))
-    numbers.end_step(1, 0.0)
-    (record,) = numbers.read()
+    numbers.end_step(1, 0.0, Verdict(torch.zeros(()), torch.zeros(())))
+    (step,) = numbers.read()
+    record = step.record
     assert (record["fetch_wait_s"], record["decode_wait_s"], record["copy_s"]) == (0.0, 0.375, 0.125)
 
 
@@ -243,17 +252,37 @@ def test_training_goes_on_from_the_newest_checkpoint_that_holds(tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_loss_that_is_not_finite_stops_before_a_checkpoint_holds_it(tmp_path: Path, world_size: int) -> None:
-    messages = run_ranks(_train_until_it_breaks, world_size, str(tmp_path), tiny_config(log_every_steps=8))
-    assert all("step 4 is not finite" in message for message in messages), messages
-    assert [record["step"] for record in read_metrics(Store(str(tmp_path)))] == [1, 2, 3]
+    messages = run_ranks(_train_until_it_breaks, world_size, str(tmp_path), 0)
+    assert all("1 updates in a row were skipped" in message for message in messages), messages
+    assert all("step 4, was not finite" in message for message in messages), messages
+    assert [record["skipped"] for record in read_metrics(Store(str(tmp_path)))] == [False] * 3 + [True]
     assert read_events(Store(str(tmp_path)))[-1]["reason"] == "non_finite"
     assert checkpoint.newest_step(Store(str(tmp_path))) == 2
 
 
-def _train_until_it_breaks(url: str, config: TrainConfig) -> str:
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_that_is_not_finite_is_skipped_counted_and_put_down_to_its_samples(
+    tmp_path: Path, world_size: int
+) -> None:
+    assert run_ranks(_train_until_it_breaks, world_size, str(tmp_path), 1) == ["it went on"] * world_size
+    records = read_metrics(Store(str(tmp_path)))
+    assert [record["step"] for record in records if record["skipped"]] == [4]
+    assert not math.isfinite(records[3]["loss"])
+    assert all(math.isfinite(record["loss"]) for record in records if not record["skipped"])
+    assert "NaN" not in "".join(path.read_text() for path in tmp_path.rglob("*.jsonl"))
+    (event,) = [event for event in read_events(Store(str(tmp_path))) if event["event"] == "skipped"]
+    assert (event["step"], event["reason"]) == (4, "non_finite")
+    order = Order(SAMPLES_PER_SHARD, tiny_config().data)
+    broken = order.rank_positions(3, world_size - 1, world_size)
+    assert event["sample_ids"] == sorted(order.sample_ids(broken).tolist())
+
+
+def _train_until_it_breaks(url: str, max_skipped_steps: int) -> str:
     """Infinite pixels on the last rank only, in the update to step 4, at which a checkpoint is due."""
     rank = torch.distributed.get_rank()
-    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=2))
+    config = tiny_config(log_every_steps=8, every_steps=2)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, max_skipped_steps=max_skipped_steps))
 
     def infinite(batch: Batch) -> Batch:
         if batch.step == 3 and rank == torch.distributed.get_world_size() - 1:

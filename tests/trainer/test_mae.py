@@ -1,4 +1,6 @@
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -140,6 +142,99 @@ def test_savings_change_neither_loss_nor_gradients(image_size):
     torch.testing.assert_close(
         model(images, kept_ids, masked_ids, predict=True), predicted[torch.arange(3)[:, None], masked_ids]
     )
+
+
+def naive_cross_prediction(model, images, kept_ids, masked_ids):
+    """Section 3 of CrossMAE with torch's own attention: each mask token looks at the encoder's blocks, mixed."""
+    batch, everyone = len(images), torch.arange(len(images))[:, None]
+    tokens = model.patch_embed.proj(images).flatten(2).transpose(1, 2) + model.pos_embed[:, 1:]
+    class_token = (model.cls_token + model.pos_embed[:, :1]).expand(batch, -1, -1)
+    tokens = torch.cat([class_token, tokens[everyone, kept_ids]], dim=1)
+    features = [tokens]
+    for block in model.blocks:
+        tokens = block(tokens)
+        features.append(tokens)
+    features[-1] = model.norm(tokens)
+    queries = model.mask_token + model.decoder_pos_embed[0, 1:][masked_ids]
+    for weights, block in zip(model.feature_weights, model.decoder_blocks, strict=True):
+        context = block.norm_context(sum(weight * feature for weight, feature in zip(weights, features, strict=True)))
+        key, value = block.attn.kv.weight.chunk(2)
+        attended, _ = nn.functional.multi_head_attention_forward(
+            block.norm1(queries).transpose(0, 1), *[context.transpose(0, 1)] * 2,
+            queries.shape[-1], block.attn.num_heads, None, torch.cat([block.attn.q.bias, block.attn.kv.bias]),
+            None, None, False, 0.0, block.attn.proj.weight, block.attn.proj.bias, use_separate_proj_weight=True,
+            q_proj_weight=block.attn.q.weight, k_proj_weight=key, v_proj_weight=value,
+        )  # fmt: skip
+        queries = queries + attended.transpose(0, 1)
+        queries = queries + block.mlp(block.norm2(queries))
+    return model.decoder_pred(model.decoder_norm(queries))
+
+
+CROSS = dataclasses.replace(TINY, decoder="cross")
+
+
+@pytest.mark.parametrize(("predict_ratio", "num_predicted"), [(None, 12), (0.25, 4)])
+def test_the_cross_decoder_against_torchs_own_attention(predict_ratio, num_predicted):
+    model = perturbed_mae(config_of(dataclasses.replace(CROSS, predict_ratio=predict_ratio)))
+    images, _, kept_ids, masked_ids = batch_of(config_of())
+    expected = naive_cross_prediction(model, images, kept_ids, masked_ids)
+    torch.testing.assert_close(model(images, kept_ids, masked_ids, predict=True), expected)
+    target = patchify(images, 8)[torch.arange(3)[:, None], masked_ids]
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    loss = (expected - target)[:, :num_predicted].square().mean((1, 2))
+    torch.testing.assert_close(model(images, kept_ids, masked_ids), loss)
+    gradients = torch.autograd.grad(loss.sum(), list(model.parameters()))
+    ours = torch.autograd.grad(model(images, kept_ids, masked_ids).sum(), list(model.parameters()))
+    for (name, _), gradient, reference in zip(model.named_parameters(), ours, gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, msg=lambda m, n=name: n + m)
+
+
+def test_a_patch_predicted_by_the_cross_decoder_depends_on_no_other():
+    model = perturbed_mae(config_of(CROSS))
+    images, _, kept_ids, masked_ids = batch_of(config_of())
+    together = model(images, kept_ids, masked_ids, predict=True)
+    torch.testing.assert_close(model(images, kept_ids, masked_ids[:, 3:5], predict=True), together[:, 3:5])
+
+
+def naive_loss_with_mask_tokens(model, images, kept_ids, masked_ids):
+    """Table 1c's slow encoder: removed patches become mask tokens in front of the encoder, nothing is dropped."""
+    everyone = torch.arange(len(images))[:, None]
+    tokens = model.patch_embed.proj(images).flatten(2).transpose(1, 2).clone()
+    tokens[everyone, masked_ids] = model.mask_token
+    tokens = torch.cat([model.cls_token.expand(len(images), -1, -1), tokens], dim=1) + model.pos_embed
+    latent = model.norm(nn.Sequential(*model.blocks)(tokens))
+    full = model.decoder_embed(latent) + model.decoder_pos_embed
+    predicted = model.decoder_pred(model.decoder_norm(nn.Sequential(*model.decoder_blocks)(full)))[:, 1:]
+    target = patchify(images, model.patch_size)
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    return (predicted - target).square().mean(-1)[everyone, masked_ids].mean(1)
+
+
+def test_mask_tokens_in_the_encoder_as_in_table_1c():
+    model = perturbed_mae(config_of(dataclasses.replace(TINY, masking_in_encoder=True)))
+    images, _, kept_ids, masked_ids = batch_of(config_of())
+    loss, expected = (
+        model(images, kept_ids, masked_ids),
+        naive_loss_with_mask_tokens(model, images, kept_ids, masked_ids),
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    ours, reference = (torch.autograd.grad(each.sum(), list(model.parameters())) for each in (loss, expected))
+    for (name, _), gradient, other in zip(model.named_parameters(), ours, reference, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-6, atol=1e-10, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"predict_ratio": 0.25}, "needs model.decoder 'cross'"),
+        ({"decoder": "cross", "masking_in_encoder": True}, "masking_in_encoder needs model.decoder 'self'"),
+        ({"decoder": "cross", "predict_ratio": 0.01}, "must predict at least one patch"),
+        ({"decoder": "cross", "predict_ratio": 0.9}, "at most those that data.augment.mask_ratio (0.75) removes"),
+    ],
+)
+def test_decoders_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_of(ModelConfig(**fields))
 
 
 def test_loss_does_not_depend_on_the_order_of_the_masks():

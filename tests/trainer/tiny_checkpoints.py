@@ -19,6 +19,7 @@ from trainer.checkpoint import Commit
 from trainer.config import ParallelConfig
 from trainer.mae import MAE, build_mae
 from trainer.optim import build_optimizer
+from trainer.sharding import shard_model
 
 Numbers = dict[str, Tensor]
 
@@ -30,7 +31,7 @@ def trained(num_steps: int, *, seed: int = 0, shard: bool = False) -> tuple[MAE,
     model = build_mae(config)
     if shard:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (parallel.world_size(),))
-        parallel.shard_model(model, ParallelConfig(precision="fp32"), mesh)
+        shard_model(model, ParallelConfig(precision="fp32"), mesh)
     optimizer = build_optimizer(config, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.01

@@ -16,6 +16,7 @@ from trainer import recipes
 from trainer.config import TrainConfig
 
 if TYPE_CHECKING:
+    from trainer.checkpoint_bench import CheckpointTimes
     from trainer.headspace import Headspace
 
 
@@ -43,8 +44,28 @@ class BenchPipelineOptions:
     """The recipe, field by field."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchCheckpointOptions:
+    """Measure what a recipe's checkpoints cost on this machine and store, as one rank of a run.
+
+    How long training stands still for a save that goes on beside it, against a save that it waits for; how fast a
+    checkpoint is read back, against plain reads. What is written is removed.
+
+    Example: tarmac bench checkpoint mae_base_800ep --run s3://bucket/scratch/bench
+    """
+
+    run: str
+    """A URL under which there is nothing."""
+    num_rounds: int = 3
+    """Times that everything is measured, in turn."""
+    json: bool = False
+    """Print the result as JSON."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """The recipe, field by field."""
+
+
 def bench(arguments: list[str]) -> int:
-    """Measure this machine: `bench pipeline` tells whether the pipeline or the model is the limit."""
+    """Measure this machine: the pipeline against the model, and what checkpoints cost."""
     if arguments and arguments[0] in ("-h", "--help"):
         console = Console()
         say(console, "usage: tarmac bench WHAT ...\n")
@@ -86,6 +107,48 @@ def bench_pipeline(arguments: list[str]) -> int:
     return 0
 
 
+def bench_checkpoint(arguments: list[str]) -> int:
+    """How long does training stand still for a checkpoint, and how fast is one read?"""
+    usage = "bench checkpoint RECIPE --run URL [--json] [field overrides]"
+    recipe, arguments = take_recipe("bench checkpoint", arguments, usage, BenchCheckpointOptions.__doc__ or "")
+    default = BenchCheckpointOptions(run=tyro.MISSING, train=recipes.get(recipe))
+    options = parse(BenchCheckpointOptions, arguments, f"bench checkpoint {recipe}", default)
+    check_at_least(options, num_rounds=1)
+    import torch
+
+    from pipeline.store import Store
+    from trainer.checkpoint_bench import measure_checkpoints
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    store = Store(options.run, options.train.store)
+    store.check_writable()
+    with Console(stderr=True).status(f"measuring {recipe}'s checkpoints on {device}, {options.num_rounds} rounds"):
+        found = measure_checkpoints(options.train, store, device=device, num_rounds=options.num_rounds)
+    if options.json:
+        shares = {"stall_share": found.stall_share, "load_share": found.load_share}
+        report({"recipe": recipe, **dataclasses.asdict(found), **shares}, as_json=True)
+    else:
+        _print_checkpoint(recipe, found)
+    return 0
+
+
+def _print_checkpoint(recipe: str, found: CheckpointTimes) -> None:
+    def took(seconds: float) -> str:
+        return f"{seconds:.3g} s, {found.num_bytes / 1e6 / seconds:,.0f} MB/s"
+
+    rows = {
+        "measured": f"{recipe} on {found.device}, {found.num_bytes / 1e6:,.1f} MB a checkpoint",
+        "save that the loop waits for": took(found.sync_s),
+        "save beside the loop": took(found.async_s),
+        "the loop stands still": f"{found.stall_s:.3g} s, {found.stall_share:.1%} of the first",
+        "check of every byte": took(found.verify_s),
+        "load": f"{took(found.load_s)}, {found.load_share:.0%} of plain reads",
+        "plain reads of its files": took(found.plain_read_s),
+        "plain write of as much": took(found.plain_write_s),
+    }
+    report(rows, as_json=False)
+
+
 def _as_json(recipe: str, config: TrainConfig, found: Headspace) -> dict[str, Any]:
     derived = ("headspace", "fed_share", "store_bytes_per_s", "limit")
     return {
@@ -111,4 +174,4 @@ def _print(recipe: str, config: TrainConfig, found: Headspace) -> None:
     say(Console(), found.verdict())
 
 
-BENCHES: dict[str, Callable[[list[str]], int]] = {"pipeline": bench_pipeline}
+BENCHES: dict[str, Callable[[list[str]], int]] = {"pipeline": bench_pipeline, "checkpoint": bench_checkpoint}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainer.sharding import local_shards
+from trainer import parallel
 
 _DECODER = ("decoder_", "mask_token", "feature_weights")
 
@@ -32,7 +32,9 @@ class EncoderAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after an update."""
-        averages, weights = local_shards(list(self.tensors.values())), local_shards(list(self._weights.values()))
+        averages, weights = (
+            [parallel.local(tensor) for tensor in tensors.values()] for tensors in (self.tensors, self._weights)
+        )
         torch._foreach_lerp_(averages, weights, 1 - self._decay)
 
 

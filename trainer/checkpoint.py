@@ -1,6 +1,6 @@
-"""Checkpoints: save, commit, verify, load, prune. One exists only when its commit record does, and holds.
+"""Checkpoints: write, commit, verify, load, prune. One exists only when its commit record does, and holds.
 
-`save`, `find_resume` and `load` are collectives: all ranks call them, and all get the same answer.
+`write`, `find_resume` and `load` are collectives: all ranks call them, and all get the same answer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from trainer.checkpoint_commit import (
 from trainer.checkpoint_files import StoreReader, StoreWriter, read_metadata, sum_file
 from trainer.errors import CheckpointError
 
-__all__ = ["CheckpointError", "Commit", "find_resume", "load", "newest_step", "prune", "save"]
+__all__ = ["CheckpointError", "Commit", "find_resume", "load", "newest_step", "prune", "state_of", "write"]
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +51,27 @@ Damage = tuple[str, str]
 """A file below the run's URL, and what is wrong with it."""
 
 
-def save(
+def state_of(
+    model: nn.Module, optimizer: Optimizer, extra: Mapping[str, Tensor] = MappingProxyType({})
+) -> dict[str, Any]:
+    """What a checkpoint holds: the tensors themselves, no copies.
+
+    Args:
+        model: sharded or not.
+        optimizer: has made at least one update.
+        extra: more tensors, by name; sharded, or the same on every rank.
+    """
+    moments = get_optimizer_state_dict(model, optimizer)["state"]
+    return {"model": get_model_state_dict(model), "extra": dict(extra), "optimizer": moments}
+
+
+def write(
     run: Store,
-    model: nn.Module,
-    optimizer: Optimizer,
-    extra: Mapping[str, Tensor] = MappingProxyType({}),
+    state: Mapping[str, Any],
     *,
     step: int,
     samples_seen: int,
+    before_commit: Callable[[], None] = lambda: None,
 ) -> Commit:
     """Write the checkpoint of `step`, every rank its own part, and commit it.
 
@@ -66,11 +79,10 @@ def save(
 
     Args:
         run: the run's store; the checkpoint goes below `checkpoints/`.
-        model: sharded or not.
-        optimizer: has made at least one update.
-        extra: more tensors, by name; sharded, or the same on every rank.
+        state: from `state_of`, or a copy of it.
         step: completed optimizer updates.
         samples_seen: images trained on.
+        before_commit: called on rank 0 when all files are written; nothing is committed if it fails.
 
     Raises:
         CheckpointError: some rank could not write its part; nothing was committed.
@@ -79,10 +91,8 @@ def save(
     directory = step_directory(step)
     parallel.from_rank_zero(partial(_clear, run, directory), "checkpoint")
     writer = StoreWriter(run.child(directory))
-    state: dict[str, Any] = {"model": get_model_state_dict(model), "extra": dict(extra)}
-    state["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
     with _collective(f"cannot write {directory}") as group:
-        dcp_save(state, storage_writer=writer, process_group=group)
+        dcp_save(dict(state), storage_writer=writer, process_group=group)
     parts = parallel.gather(writer.files.written, "checkpoint")
     commit = Commit(
         step=step,
@@ -90,10 +100,12 @@ def save(
         world_size=parallel.world_size(),
         files={name: record for part in parts for name, record in sorted(part.items())},
     )
-    parallel.from_rank_zero(
-        partial(run.write, f"{directory}/{COMMIT}", commit.to_json()),
-        "checkpoint",
-    )
+
+    def write_commit() -> None:
+        before_commit()
+        run.write(f"{directory}/{COMMIT}", commit.to_json())
+
+    parallel.from_rank_zero(write_commit, "checkpoint")
     return commit
 
 
@@ -194,7 +206,7 @@ def load(
         set_optimizer_state_dict(model, optimizer, moments)
 
 
-def prune(run: Store, keep_last: int, newest: Commit) -> None:
+def prune(run: Store, keep_last: int, newest: Commit, keep_every_steps: int | None = None) -> None:
     """Delete checkpoints that are older than the `keep_last` newest, and what killed saves left among them.
 
     To be called on one rank, after `newest` was committed. What lies beyond its step was found damaged, will be
@@ -204,6 +216,7 @@ def prune(run: Store, keep_last: int, newest: Commit) -> None:
         run: the run's store.
         keep_last: checkpoints to keep, `newest` included; at least 1.
         newest: never deleted.
+        keep_every_steps: those of multiples of this many steps are kept however old they are; None keeps none.
 
     Raises:
         StoreError: the store refused; what is left is whole, or no checkpoint at all.
@@ -213,6 +226,8 @@ def prune(run: Store, keep_last: int, newest: Commit) -> None:
     past = sorted((step for step in steps if step < newest.step), reverse=True)
     committed = [step for step in past if COMMIT in files[steps[step]]]
     kept = committed[: keep_last - 1]
+    if keep_every_steps is not None:
+        kept += [step for step in committed if step % keep_every_steps == 0]
     for step in past:
         if step not in kept:
             _clear(run, steps[step])
@@ -280,11 +295,15 @@ def _check_share(run: Store, commit: Commit) -> list[Damage]:
 @contextmanager
 def _collective(what: str) -> Iterator[dist.ProcessGroup | None]:
     """torch's checkpoint collectives: their group, and a plain error in place of their BaseException."""
+    group = parallel.gloo_group("checkpoint")
     try:
-        with warnings.catch_warnings():
+        if group is not None:
+            yield group
+            return
+        with warnings.catch_warnings():  # no thread may do this, but without a group there is none
             # A single process without a process group is fine, and no news.
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            yield parallel.gloo_group("checkpoint")
+            yield None
     except CheckpointException as error:
         failures = {str(rank): failure for rank, (failure, _) in sorted(error.failures.items())}
         reasons = [f"rank {rank}: {type(failure).__name__}: {failure}" for rank, failure in failures.items()]

@@ -176,12 +176,20 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; a last one is always taken at the end and on a stop."""
     keep_last: int = execution(3)
     """Newest committed checkpoints that are kept; older ones are deleted after a commit."""
+    keep_every_steps: int | None = execution(None)
+    """Checkpoints at multiples of this many steps are kept for good; None keeps none for that."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"checkpoint.every_steps ({self.every_steps}) must be at least 1")
         require(
             self.keep_last >= 2,
             f"checkpoint.keep_last ({self.keep_last}) must be at least 2: one may be damaged",
+        )
+        require(
+            self.keep_every_steps is None
+            or (self.keep_every_steps >= 1 and self.keep_every_steps % self.every_steps == 0),
+            f"checkpoint.keep_every_steps ({self.keep_every_steps}) must be a multiple of checkpoint.every_steps "
+            f"({self.every_steps})",
         )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from trainer import parallel
 from trainer.config import TrainConfig
-from trainer.sharding import local_shards
 
 SPIKE_WINDOW_STEPS = 128
 """Updates that the running mean and variance look back on, and that must have been made before one can be a spike."""
@@ -56,7 +56,7 @@ class StepGuard:
             optimizer: a fused one over the model's parameters.
             loss_sum: over this rank's images of the step, on the device.
         """
-        grads = local_shards([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        grads = [parallel.local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
         square = torch.nn.utils.get_total_norm(grads).double().square() / self._num_copies
         totals = torch.stack([loss_sum.double() / self._batch, square])
         if dist.is_initialized():

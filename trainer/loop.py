@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import socket
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,13 @@ from pipeline.errors import StoreError
 from pipeline.store import Store
 from trainer import checkpoint, parallel
 from trainer.checkpoint import Commit
+from trainer.checkpoint_saver import CheckpointSaver
 from trainer.config import TrainConfig, num_steps
 from trainer.errors import TrainingError
 from trainer.metrics import RunLog, SilentLog, StepRecord, attempt_directory
 from trainer.optim import learning_rate
 from trainer.step_numbers import StepNumbers, StepRead
-from trainer.update import Trainee, build, update
+from trainer.update import build, update
 
 if TYPE_CHECKING:
     from pipeline.loader import Batch
@@ -90,20 +90,27 @@ def train(
         quarantined: list[Quarantined] = []
         stopping = False
 
-        while step < total_steps and not stopping:
-            lr = learning_rate(config, step, total_steps)
-            quarantined += update(config, trainee, batches, numbers, step=step, lr=lr)
-            step += 1
+        with _saver(config, run, log) as saver:
+            while step < total_steps and not stopping:
+                lr = learning_rate(config, step, total_steps)
+                quarantined += update(config, trainee, batches, numbers, step=step, lr=lr)
+                step += 1
 
-            look_due = step % config.log.every_steps == 0 or step == total_steps
-            save_due = step % config.checkpoint.every_steps == 0 or step == total_steps
-            if look_due or save_due:
-                _report(log, numbers, quarantined, config.optim.max_skipped_steps)
-            if look_due:
-                stopping = parallel.agree(parallel.together(should_stop))
-            if save_due or stopping:
-                _save(config, run, trainee, log, step=step)
-                numbers.restart_clock()
+                look_due = step % config.log.every_steps == 0 or step == total_steps
+                save_due = step % config.checkpoint.every_steps == 0 or step == total_steps
+                if look_due or save_due:
+                    _report(log, numbers, quarantined, config.optim.max_skipped_steps)
+                    _log_saved(log, saver)
+                if look_due:
+                    stopping, failed = parallel.any_of(parallel.together(should_stop), saver.failed())
+                    if failed:
+                        saver.wait()
+                if save_due or stopping:
+                    state = checkpoint.state_of(trainee.model, trainee.optimizer, trainee.extra_tensors())
+                    saver.start(state, step=step, samples_seen=step * config.data.global_batch_size)
+                    numbers.restart_clock()
+            saver.wait()
+            _log_saved(log, saver)
 
         reason = StopReason.FINISHED if step == total_steps else StopReason.STOPPED
         log.event("stop", step=step, reason=reason.value)
@@ -163,16 +170,18 @@ def _skipped_event(step: StepRead) -> dict[str, Any]:
     }
 
 
-def _save(config: TrainConfig, run: Store, trainee: Trainee, log: RunLog, *, step: int) -> None:
-    # First the records: a step that is in a checkpoint is never done again, so its record must not be lost.
-    parallel.from_rank_zero(log.flush)
-    started = time.perf_counter()
-    samples_seen = step * config.data.global_batch_size
-    extra = trainee.extra_tensors()
-    commit = checkpoint.save(run, trainee.model, trainee.optimizer, extra, step=step, samples_seen=samples_seen)
-    log.event("save", step=step, seconds=time.perf_counter() - started, num_bytes=commit.num_bytes)
-    if parallel.rank() == 0:
+def _saver(config: TrainConfig, run: Store, log: RunLog) -> CheckpointSaver:
+    def prune(commit: Commit) -> None:
         try:
-            checkpoint.prune(run, config.checkpoint.keep_last, commit)
+            checkpoint.prune(run, config.checkpoint.keep_last, commit, config.checkpoint.keep_every_steps)
         except StoreError as error:
             logger.warning("old checkpoints stay: %s", error)
+
+    # A step that is in a checkpoint is never done again, so its record must not be lost: first the records.
+    return CheckpointSaver(run, before_commit=log.flush, after_commit=prune, patience_s=config.store.deadline_s)
+
+
+def _log_saved(log: RunLog, saver: CheckpointSaver) -> None:
+    for saved in saver.take_saved():
+        numbers = {"stall_s": saved.stall_s, "seconds": saved.seconds, "num_bytes": saved.commit.num_bytes}
+        log.event("save", step=saved.commit.step, **numbers)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from trainer.errors import PeerError
 
@@ -62,6 +63,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain one itself."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def gloo_group(purpose: Purpose) -> dist.ProcessGroup | None:
     """The gloo group for `purpose`, made by the first call (a collective); None without a process group."""
     if not dist.is_initialized():
@@ -84,7 +90,12 @@ def all_reduce(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) 
 
 def agree(value: bool) -> bool:
     """Whether any rank says so; the same answer on every rank."""
-    return bool(all_reduce(torch.tensor(int(value)), dist.ReduceOp.MAX))
+    return any_of(value)[0]
+
+
+def any_of(*values: bool) -> tuple[bool, ...]:
+    """Of each value, whether any rank says so; the same answers on every rank, for one exchange."""
+    return tuple(bool(value) for value in all_reduce(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.MAX))
 
 
 def gather(value: T, purpose: Purpose = "control") -> list[T]:

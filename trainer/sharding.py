@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.config import ParallelConfig, TrainConfig
@@ -65,11 +64,6 @@ def shard_model(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> N
             fully_shard(block, mesh=mesh, mp_policy=policy)
     # The root is handed images, of which the loss's targets are made: those stay in fp32.
     fully_shard(model, mesh=mesh, mp_policy=_policy(config, cast_inputs=False))
-
-
-def local_shards(tensors: list[Tensor]) -> list[Tensor]:
-    """This rank's part of each."""
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _policy(config: ParallelConfig, *, cast_inputs: bool) -> MixedPrecisionPolicy:

@@ -23,7 +23,7 @@ from pipeline.errors import StoreError
 from pipeline.store import Store
 from pipeline.store_backend import Pin
 from trainer import checkpoint, parallel
-from trainer.checkpoint import CheckpointError, Commit
+from trainer.checkpoint import CheckpointError
 from trainer.checkpoint_commit import parse_commit
 from trainer.mae import build_mae
 
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Store:
 def test_what_is_saved_is_loaded_from_any_store(store_url: str) -> None:
     run = Store(store_url).child("run")
     saved = trained(2)
-    commit = checkpoint.save(run, *saved, step=2, samples_seen=16)
+    commit = checkpoint.write(run, checkpoint.state_of(*saved), step=2, samples_seen=16)
     assert checkpoint.find_resume(run, pytest.fail) == commit
     loaded = trained(0, seed=1)
     checkpoint.load(run, commit, *loaded)
@@ -87,7 +87,7 @@ def test_a_checkpoint_loads_at_another_world_size(tmp_path: Path, saved_at: int,
 
 def _save_sharded(url: str, step: int) -> Numbers:
     model, optimizer = trained(step, shard=True)
-    checkpoint.save(Store(url), model, optimizer, step=step, samples_seen=step * 8)
+    checkpoint.write(Store(url), checkpoint.state_of(model, optimizer), step=step, samples_seen=step * 8)
     return numbers(model, optimizer)
 
 
@@ -101,7 +101,7 @@ def _load_sharded(url: str) -> Numbers:
 
 def test_weights_load_without_an_optimizer(run: Store) -> None:
     saved = trained(2)
-    commit = checkpoint.save(run, *saved, step=2, samples_seen=16)
+    commit = checkpoint.write(run, checkpoint.state_of(*saved), step=2, samples_seen=16)
     model = build_mae(tiny_config())
     checkpoint.load(run, commit, model)
     for name, weight in saved[0].state_dict().items():
@@ -110,7 +110,7 @@ def test_weights_load_without_an_optimizer(run: Store) -> None:
 
 def test_pytorchs_own_tool_reads_a_checkpoint(run: Store, tmp_path: Path) -> None:
     saved = trained(2)
-    commit = checkpoint.save(run, *saved, step=2, samples_seen=16)
+    commit = checkpoint.write(run, checkpoint.state_of(*saved), step=2, samples_seen=16)
     dcp_to_torch_save(f"{run.url}/{commit.directory}", tmp_path / "whole.pt")
     whole = torch.load(tmp_path / "whole.pt", weights_only=True)
     torch.testing.assert_close(whole["model"], dict(saved[0].state_dict()), rtol=0, atol=0)
@@ -197,7 +197,7 @@ def test_ranks_share_the_check_and_agree_on_its_outcome(tmp_path: Path) -> None:
 def _save_twice(url: str) -> None:
     model, optimizer = trained(1, shard=True)
     for step in (1, 2):
-        checkpoint.save(Store(url), model, optimizer, step=step, samples_seen=step * 8)
+        checkpoint.write(Store(url), checkpoint.state_of(model, optimizer), step=step, samples_seen=step * 8)
 
 
 def _resume(url: str) -> Any:
@@ -274,7 +274,7 @@ def test_an_outage_while_saving_or_loading_stays_a_store_error(run: Store, tmp_p
 
     model, optimizer = trained(1)
     with pytest.raises(StoreError, match="away"):
-        checkpoint.save(Full(str(tmp_path / "full")), model, optimizer, step=1, samples_seen=8)
+        checkpoint.write(Full(str(tmp_path / "full")), checkpoint.state_of(model, optimizer), step=1, samples_seen=8)
 
 
 # ---- killed and repeated saves --------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ class _KilledAfter(Store):
 
 
 def _save_and_be_killed(url: str, num_bytes: int) -> None:
-    checkpoint.save(_KilledAfter(url, num_bytes), *trained(2), step=2, samples_seen=16)
+    checkpoint.write(_KilledAfter(url, num_bytes), checkpoint.state_of(*trained(2)), step=2, samples_seen=16)
 
 
 @pytest.mark.slow
@@ -342,60 +342,7 @@ class _Full(Store):
 def _save_where_rank_1_cannot(url: str) -> str:
     kind = _Full if parallel.rank() == 1 else Store
     try:
-        checkpoint.save(kind(url, StoreConfig()), *trained(1, shard=True), step=1, samples_seen=8)
+        checkpoint.write(kind(url, StoreConfig()), checkpoint.state_of(*trained(1, shard=True)), step=1, samples_seen=8)
     except StoreError as error:
         return str(error)
     return "it was saved"
-
-
-# ---- pruning --------------------------------------------------------------------------------------------------------
-
-
-def prunable(run: Store, *steps: int) -> dict[int, Commit]:
-    """Checkpoints with next to nothing in them."""
-    commits = {}
-    for step in steps:
-        commits[step] = Commit(step=step, samples_seen=step, world_size=1, files={})
-        run.write(f"{commits[step].directory}/__0_0.distcp", b"tensors")
-        run.write(f"{commits[step].directory}/commit.json", commits[step].to_json())
-    return commits
-
-
-def steps_left(run: Store) -> list[int]:
-    return sorted({int(entry.path.split("_")[1][:9]) for entry in run.list("checkpoints")})
-
-
-def test_pruning_keeps_the_newest(run: Store) -> None:
-    commits = prunable(run, 1, 2, 3, 4)
-    checkpoint.prune(run, 2, commits[4])
-    assert steps_left(run) == [3, 4]
-
-
-def test_pruning_takes_the_remains_of_killed_saves(run: Store) -> None:
-    commits = prunable(run, 1, 3, 5)
-    run.write("checkpoints/step_000000004/__0_0.distcp", b"half")
-    checkpoint.prune(run, 3, commits[5])
-    assert steps_left(run) == [1, 3, 5]
-
-
-def test_pruning_never_takes_what_was_committed_for_what_was_found_damaged(run: Store) -> None:
-    commits = prunable(run, 1, 2, 8, 9)  # 8 and 9 were damaged; training went on from 1
-    checkpoint.prune(run, 1, commits[2])
-    assert steps_left(run) == [2, 8, 9]
-
-
-def test_pruning_takes_the_commit_first(run: Store) -> None:
-    commits = prunable(run, 1, 2, 3)
-    removed: list[str] = []
-
-    class Watched(Store):
-        def remove(self, path: str) -> None:
-            removed.append(path)
-            super().remove(path)
-
-        def remove_tree(self, prefix: str) -> None:
-            removed.append(prefix)
-            super().remove_tree(prefix)
-
-    checkpoint.prune(Watched(run.url), 2, commits[3])
-    assert removed == ["checkpoints/step_000000001/commit.json", "checkpoints/step_000000001"]

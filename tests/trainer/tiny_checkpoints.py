@@ -60,7 +60,7 @@ def assert_same(ours: Numbers, theirs: Numbers) -> None:
 
 
 def save(run: Store, step: int) -> Commit:
-    return checkpoint.save(run, *trained(step), step=step, samples_seen=step * 8)
+    return checkpoint.write(run, checkpoint.state_of(*trained(step)), step=step, samples_seen=step * 8)
 
 
 def resume(run: Store) -> tuple[int | None, list[tuple[str, str]]]:

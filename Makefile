@@ -10,7 +10,7 @@ MARKS := not gpu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast lint types imports check bench bench-pipeline verify-resume clean
+.PHONY: help setup demo test test-fast lint types imports check bench bench-pipeline verify-resume vit-h clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,9 @@ bench-pipeline: setup $(VENV)/peers.stamp ## the loader against seven others and
 
 verify-resume: setup ## two runs, one killed twice: are the final weights the same bits?
 	@$(BIN)/python -m tests.chaos.verify_resume
+
+vit-h: setup ## ViT-H/14 on this machine: six steps, a checkpoint to S3, a kill, a resume; needs 24 GiB and 20 GB of disk
+	@$(BIN)/python -m tests.chaos.vit_h
 
 clean: ## remove everything that was made here, except .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -12,21 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import datasets, goals, sharding
 from benchmarks.peers.contender import Contender, ContenderError, Data, Round, Runner
 from benchmarks.peers.contenders import CONTENDERS
+from benchmarks.peers.report import machine, print_goals, say
 from cluster.local_s3 import LocalS3Error, start_local_s3
 from pipeline.sources import FolderSource
 from pipeline.write import write_dataset
@@ -126,7 +124,7 @@ def measure(source: str | None, size: Size, only: str, log: Path) -> dict[str, A
         found += [*goals.speed_goals(rows), goals.resume_goal(first_batches)]
         found += [*goals.sharding_goals(shard_speeds), goals.numerics_goal(differences)]
     return {
-        "machine": machine(len(cpus), load_before),
+        "machine": machine(len(cpus), load_before, PACKAGES.split()),
         "images": f"{what} ({num_distinct} distinct, {data.num_images} an epoch), {size.num_rounds} rounds",
         "rows": rows,
         "first_batch_s": first_batches,
@@ -238,28 +236,6 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def machine(num_cpus: int, load: float) -> dict[str, Any]:
-    """Where it was measured, and with what."""
-    model = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].partition(":")[2].strip() if lines else model
-    versions = {}
-    for package in PACKAGES.split():
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "cpus": num_cpus,
-        "model": model,
-        "load_before": round(load, 2),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
 def print_report(found: dict[str, Any]) -> None:
     """The table, for people."""
     place = found["machine"]
@@ -277,12 +253,7 @@ def print_report(found: dict[str, Any]) -> None:
     print_section("sharding, MB/s of images", {name: {"": v} for name, v in found["sharding_mb_per_s"].items()}, ".0f")
     pixels = {name: {"": v * 255} for name, v in found["mean_absolute_difference_to_pil"].items()}
     print_section("mean absolute difference to PIL's crops, in levels of 255", pixels, ".3f")
-    if found["goals"]:
-        print("\ngoals")
-    for goal in found["goals"]:
-        sign, verdict = "<=" if goal["at_most"] else ">=", "met" if goal["met"] else "MISSED"
-        measured = "not measured" if goal["measured"] is None else f"{goal['measured']:.3g}"
-        print(f"  {goal['name']:<58}{sign} {goal['goal']:<8.3g}{measured:>14}  {verdict}")
+    print_goals(found["goals"])
 
 
 def print_section(title: str, lines: dict[str, dict[str, float]], digits: str = ".3f") -> None:
@@ -291,11 +262,6 @@ def print_section(title: str, lines: dict[str, dict[str, float]], digits: str = 
         print(f"\n{title}")
     for name, numbers in lines.items():
         print(f"  {name:<34}" + "".join(f"{label:>6} {value:>8{digits}}" for label, value in numbers.items()))
-
-
-def say(what: str) -> None:
-    """Progress, on stderr: the table is what goes to stdout."""
-    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class CheckpointSaver:
         before_commit: called on rank 0, in the thread, when all files are written; if it fails, so does the save.
         after_commit: likewise, when the checkpoint counts.
         patience_s: how long to wait for a save in flight after an error.
+        asynchronous: False copies nothing, and `start` returns when the checkpoint is committed.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class CheckpointSaver:
         before_commit: Callable[[], None],
         after_commit: Callable[[Commit], None],
         patience_s: float,
+        asynchronous: bool = True,
     ) -> None:
         self._run, self._before, self._after, self._patience_s = run, before_commit, after_commit, patience_s
+        self._asynchronous = asynchronous
         self._copies: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -81,9 +84,12 @@ class CheckpointSaver:
         begin = time.perf_counter()
         self.wait()
         copied_from = time.perf_counter()
+        if not self._asynchronous:
+            self._save(state, step, samples_seen, None, copied_from)
+            self.wait()
+            return
         self._copies = copy_to_host(state, self._copies)
-        stall_s = time.perf_counter() - begin
-        arguments = (self._copies, step, samples_seen, stall_s, copied_from)
+        arguments = (self._copies, step, samples_seen, time.perf_counter() - begin, copied_from)
         self._thread = threading.Thread(target=self._save, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -105,13 +111,14 @@ class CheckpointSaver:
         return saved
 
     def _save(
-        self, copies: Mapping[str, Any], step: int, samples_seen: int, stall_s: float, copied_from: float
+        self, state: Mapping[str, Any], step: int, samples_seen: int, stall_s: float | None, copied_from: float
     ) -> None:
         try:
             commit = checkpoint.write(
-                self._run, copies, step=step, samples_seen=samples_seen, before_commit=self._before
+                self._run, state, step=step, samples_seen=samples_seen, before_commit=self._before
             )
-            self._saved.append(Saved(commit, stall_s, time.perf_counter() - copied_from))
+            seconds = time.perf_counter() - copied_from
+            self._saved.append(Saved(commit, seconds if stall_s is None else stall_s, seconds))
             if parallel.rank() == 0:
                 self._after(commit)
         except Exception as error:

@@ -178,6 +178,8 @@ class CheckpointConfig:
     """Newest committed checkpoints that are kept; older ones are deleted after a commit."""
     keep_every_steps: int | None = execution(None)
     """Checkpoints at multiples of this many steps are kept for good; None keeps none for that."""
+    asynchronous: bool = execution(True)
+    """Write beside training, from a copy of the rank's shards in host memory; otherwise training waits."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"checkpoint.every_steps ({self.every_steps}) must be at least 1")

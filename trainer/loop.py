@@ -178,7 +178,13 @@ def _saver(config: TrainConfig, run: Store, log: RunLog) -> CheckpointSaver:
             logger.warning("old checkpoints stay: %s", error)
 
     # A step that is in a checkpoint is never done again, so its record must not be lost: first the records.
-    return CheckpointSaver(run, before_commit=log.flush, after_commit=prune, patience_s=config.store.deadline_s)
+    return CheckpointSaver(
+        run,
+        before_commit=log.flush,
+        after_commit=prune,
+        patience_s=config.store.deadline_s,
+        asynchronous=config.checkpoint.asynchronous,
+    )
 
 
 def _log_saved(log: RunLog, saver: CheckpointSaver) -> None:

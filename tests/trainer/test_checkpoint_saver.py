@@ -99,6 +99,20 @@ def test_one_save_is_in_flight_and_the_next_one_waits_for_it(gated: GatedStore) 
             assert_same(numbers(*loaded), expected[saved.commit.step])
 
 
+def test_a_save_that_is_waited_for_copies_nothing(tmp_path: Path) -> None:
+    run, model = Store(str(tmp_path)), trained(1)
+    saver = CheckpointSaver(
+        run, before_commit=lambda: None, after_commit=lambda commit: None, patience_s=1.0, asynchronous=False
+    )
+    before = threading.active_count()
+    with parallel.process_mesh(CPU), saver:
+        saver.start(checkpoint.state_of(*model), step=1, samples_seen=8)
+        assert threading.active_count() == before
+        assert resume(run) == (1, [])
+        (saved,) = saver.take_saved()
+    assert saved.stall_s == saved.seconds > 0
+
+
 class _FullAfterOne(Store):
     """The first checkpoint fits."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ def uniforms(seed: int, purpose: str, epochs: Int64, sample_ids: Int64, num: int
 
 
 def draw_crops(
-    config: AugmentConfig, seed: int, epochs: Int64, sample_ids: Int64, heights: Int64, widths: Int64
+    config: AugmentConfig, seed: int, epochs: Int64, sample_ids: Int64, heights: Int64, widths: Int64, number: int = 0
 ) -> Crops:
     """Boxes of RandomResizedCrop, and flips.
 
@@ -52,11 +52,12 @@ def draw_crops(
         sample_ids: [B].
         heights: [B], of the stored images, in pixels.
         widths: [B], likewise.
+        number: of the crop among those of the same sample in the same step.
 
     Source: torchvision's RandomResizedCrop.get_params (ten tries, then the largest centred box of a fitting ratio).
     """
     heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
-    draws = uniforms(seed, "augment/crop", epochs, sample_ids, 2 * _CROP_ATTEMPTS + 3)
+    draws = uniforms(seed, _stream("crop", number), epochs, sample_ids, 2 * _CROP_ATTEMPTS + 3)
     areas = _between(draws[:, :_CROP_ATTEMPTS], *config.crop_scale) * (heights * widths)[:, None]
     low, high = np.log(config.crop_ratio)
     ratios = np.exp(_between(draws[:, _CROP_ATTEMPTS : 2 * _CROP_ATTEMPTS], low, high))
@@ -73,12 +74,16 @@ def draw_crops(
     return Crops(top.astype(np.int64), left.astype(np.int64), height, width, flip < config.flip_probability)
 
 
-def draw_masks(config: AugmentConfig, seed: int, epochs: Int64, sample_ids: Int64) -> tuple[Int64, Int64]:
+def draw_masks(
+    config: AugmentConfig, seed: int, epochs: Int64, sample_ids: Int64, number: int = 0
+) -> tuple[Int64, Int64]:
     """Which patches stay and which go: kept ids [B, K] and masked ids [B, N - K], both in the order of their noise.
+
+    `number` is that of the crop, as for `draw_crops`.
 
     Source: He et al. 2022, section 3: a random permutation of the patches, of which the first K are kept.
     """
-    noise = uniforms(seed, "augment/mask", epochs, sample_ids, num_patches(config))
+    noise = uniforms(seed, _stream("mask", number), epochs, sample_ids, num_patches(config))
     ids = np.argsort(noise, axis=1, kind="stable")
     kept = num_kept_patches(config)
     return ids[:, :kept], ids[:, kept:]
@@ -88,6 +93,34 @@ def replacement_ids(seed: int, epoch: int, sample_id: int, num_samples: int, att
     """Sample ids [attempts] to take, in this order, in place of a damaged one."""
     draws = hash64(stream_key(seed, "augment/replacement"), epoch, sample_id, np.arange(attempts))
     return (draws % np.uint64(num_samples)).astype(np.int64)
+
+
+def repeated_crops(
+    config: AugmentConfig,
+    seed: int,
+    epochs: Int64,
+    sample_ids: Int64,
+    heights: Int64,
+    widths: Int64,
+    crops_per_image: int,
+) -> Crops:
+    """The boxes of all crops of each sample, [B * crops_per_image], those of a sample side by side."""
+    drawn = [draw_crops(config, seed, epochs, sample_ids, heights, widths, number) for number in range(crops_per_image)]
+    columns = ([getattr(crops, field.name) for crops in drawn] for field in fields(Crops))
+    return Crops(*(np.stack(column, axis=1).reshape(-1) for column in columns))
+
+
+def repeated_masks(
+    config: AugmentConfig, seed: int, epochs: Int64, sample_ids: Int64, crops_per_image: int
+) -> tuple[Int64, Int64]:
+    """The masks of all crops of each sample, in the order of `repeated_crops`."""
+    drawn = [draw_masks(config, seed, epochs, sample_ids, number) for number in range(crops_per_image)]
+    kept, masked = (np.stack(ids, axis=1).reshape(-1, ids[0].shape[1]) for ids in zip(*drawn, strict=True))
+    return kept, masked
+
+
+def _stream(purpose: str, number: int) -> str:
+    return f"augment/{purpose}/{number}" if number else f"augment/{purpose}"
 
 
 def _between(draws: npt.NDArray[np.float64], low: float, high: float) -> npt.NDArray[np.float64]:

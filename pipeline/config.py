@@ -127,7 +127,9 @@ class DataConfig:
     """Which images each step trains on, and how they get there."""
 
     global_batch_size: int = 4096
-    """Images an optimizer step, over all ranks."""
+    """Images an optimizer step, over all ranks; each crop of a sample counts as one."""
+    crops_per_image: int = 1
+    """Times that a sample is cropped, flipped and masked in a step, read and decoded once (repeated augmentation)."""
     num_lanes: int = 256
     """Parallel runs through the dataset; ranks share them out, so no more ranks than this can train."""
     seed: int = 0
@@ -157,7 +159,8 @@ class DataConfig:
     """What the folder may take on each node, in bytes."""
 
     def __post_init__(self) -> None:
-        batch, lanes = self.global_batch_size, self.num_lanes
+        batch, lanes, crops = self.global_batch_size, self.num_lanes, self.crops_per_image
+        require(crops >= 1, f"data.crops_per_image ({crops}) must be at least 1")
         require(lanes >= 1, f"data.num_lanes ({lanes}) must be at least 1")
         require(batch >= 1, f"data.global_batch_size ({batch}) must be at least 1")
         below, above = batch // lanes * lanes, (batch // lanes + 1) * lanes
@@ -165,6 +168,16 @@ class DataConfig:
             batch % lanes == 0,
             f"data.global_batch_size ({batch}) must be divisible by data.num_lanes ({lanes}); "
             f"use {f'{below} or {above}' if below else above}",
+        )
+        require(
+            batch % (lanes * crops) == 0,
+            f"data.global_batch_size ({batch}) must be divisible by data.num_lanes ({lanes}) times "
+            f"data.crops_per_image ({crops}); use {-(-batch // (lanes * crops)) * lanes * crops}",
+        )
+        micro = self.micro_batch_size
+        require(
+            micro is None or micro < 1 or micro % crops == 0,
+            f"data.micro_batch_size ({micro}) must be divisible by data.crops_per_image ({crops})",
         )
         require(
             0 <= self.seed < 2**63,
@@ -197,7 +210,7 @@ class DataConfig:
 def check_world(config: DataConfig, world_size: int, name: str = "num_workers") -> None:
     """Raise ValueError if `world_size` ranks cannot share the global batch.
 
-    Each rank needs a lane, and an image in every micro-batch.
+    Each rank needs a lane, and a sample in every micro-batch.
 
     Args:
         config: lanes, global batch and micro-batch.
@@ -211,9 +224,9 @@ def check_world(config: DataConfig, world_size: int, name: str = "num_workers") 
         f"{name} ({world_size}) must be at most data.num_lanes ({lanes}); use more lanes or fewer workers",
     )
     largest, smallest = -(-lanes // world_size) * (batch // lanes), lanes // world_size * (batch // lanes)
-    micro = config.micro_batch_size or largest
+    micro, crops = config.micro_batch_size or largest, config.crops_per_image
     require(
-        -(-largest // micro) <= smallest,
+        -(-largest // micro) <= smallest // crops,
         f"data.micro_batch_size ({micro}) needs {-(-largest // micro)} micro-batches on a rank that has "
-        f"{smallest} images at {name} {world_size}; use 2 or more",
+        f"{smallest // crops} samples at {name} {world_size}; use {2 * crops} or more",
     )

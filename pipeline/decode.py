@@ -11,6 +11,7 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -67,21 +68,32 @@ def crop_pipeline(*, num_threads: int, max_batch_size: int) -> Any:
     return pipe
 
 
-def mixed_pipeline(device_id: int | None, *, num_threads: int, max_batch_size: int, image_size: tuple[int, int]) -> Any:
-    """DALI graph on a GPU: (encoded, start, shape, flip) -> the augmented image, uint8 [H, W, 3] RGB.
+def mixed_pipeline(
+    device_id: int | None,
+    *,
+    num_threads: int,
+    max_batch_size: int,
+    image_size: tuple[int, int],
+    crops_per_image: int = 1,
+) -> Any:
+    """DALI graph on a GPU: (encoded, and per crop start, shape, flip) -> the crops, each uint8 [H, W, 3] RGB.
 
     The whole image is decoded, by nvJPEG's CUDA decoder alone: with the hardware decoder beside it a batch is split
     over the two, which differ in the last bit.
     """
     pipe = _pipeline(num_threads, max_batch_size, device_id)
     with pipe:
-        encoded, start, shape, flip = (fn.external_source(name=name) for name in ("encoded", "start", "shape", "flip"))
-        images = fn.decoders.image(
+        encoded = fn.external_source(name="encoded")
+        whole = fn.decoders.image(
             encoded, device="mixed", hw_decoder_load=0.0, adjust_orientation=False, output_type=types.RGB
         )
-        images = fn.slice(images, start=start, shape=shape, axis_names="HW")
-        images = fn.resize(images, size=image_size, interp_type=types.INTERP_CUBIC, antialias=True)
-        pipe.set_outputs(fn.flip(images, horizontal=flip))
+        outputs = []
+        for number in range(crops_per_image):
+            start, shape, flip = (fn.external_source(name=f"{name}{number}") for name in ("start", "shape", "flip"))
+            images = fn.slice(whole, start=start, shape=shape, axis_names="HW")
+            images = fn.resize(images, size=image_size, interp_type=types.INTERP_CUBIC, antialias=True)
+            outputs.append(fn.flip(images, horizontal=flip))
+        pipe.set_outputs(*outputs)
     return pipe
 
 
@@ -128,6 +140,7 @@ class Decoder:
         config: image_size.
         device: `cpu`, or `mixed` for nvJPEG on a GPU.
         num_threads: CPUs that are kept busy.
+        crops_per_image: boxes that are cut from each file, which is decoded once.
         max_batch_size: images that a pipeline takes at a time. On a CPU there are `num_threads + 1` pipelines, which
             bounds the memory for decoded crops.
         device_id: the GPU, for `mixed`.
@@ -140,12 +153,13 @@ class Decoder:
         *,
         device: Literal["cpu", "mixed"],
         num_threads: int,
+        crops_per_image: int = 1,
         max_batch_size: int = MAX_BATCH_SIZE,
         device_id: int | None = None,
         pin_memory: bool = False,
     ) -> None:
         height, width = config.image_size
-        self._shape = (3, height, width)
+        self._shape, self._crops_per_image = (3, height, width), crops_per_image
         self._pin_memory = pin_memory
         mixed = device == "mixed"
         self._device = torch.device("cuda", device_id or 0) if mixed else torch.device("cpu")
@@ -157,7 +171,11 @@ class Decoder:
         def build(batch_size: int) -> Any:
             if mixed:
                 return mixed_pipeline(
-                    device_id or 0, num_threads=num_threads, max_batch_size=batch_size, image_size=config.image_size
+                    device_id or 0,
+                    num_threads=num_threads,
+                    max_batch_size=batch_size,
+                    image_size=config.image_size,
+                    crops_per_image=crops_per_image,
                 )
             return crop_pipeline(num_threads=1, max_batch_size=batch_size)
 
@@ -174,26 +192,27 @@ class Decoder:
 
         Args:
             encoded: B files: JPEG, PNG, WebP and whatever else nvImageCodec reads; grey and CMYK become RGB.
-            crops: B boxes within the stored images.
+            crops: boxes within the stored images, `crops_per_image` of each file side by side.
 
         Returns:
-            Its images are uint8 in `torch.channels_last` memory format, on the GPU if `mixed`.
+            Its images, one a box, are uint8 in `torch.channels_last` memory format, on the GPU if `mixed`.
 
         Raises:
             RuntimeError: the decoder is closed.
         """
         images = torch.empty(
-            (len(encoded), *self._shape),
+            (len(encoded) * self._crops_per_image, *self._shape),
             dtype=torch.uint8,
             device=self._device,
             memory_format=torch.channels_last,
             pin_memory=self._pin_memory,
         )
+        by_file = images.view(-1, self._crops_per_image, *self._shape) if len(encoded) else images
         parts = []
         size = min(-(-len(encoded) // self._num_parts), self._max_batch_size)
         for first in range(0, len(encoded), max(size, 1)):
             rows = np.arange(first, min(first + size, len(encoded)))
-            parts.append(self._pool.submit(self._on_a_lane, _Lane.decode, encoded, crops, rows, images))
+            parts.append(self._pool.submit(self._on_a_lane, _Lane.decode, encoded, crops, rows, by_file))
         return Decoding(images, parts)
 
     def decode(self, encoded: Sequence[Encoded], crops: Crops) -> UInt8[Tensor, "B 3 H W"]:
@@ -247,19 +266,41 @@ class _Lane:
         """Fill `rows` of `images`; returns those that cannot be decoded, and why."""
         self.build()
         try:
-            outputs = _run(self._pipe, encoded, crops, rows, flip=self._mixed)
+            outputs = self._run(encoded, crops, rows, images.shape[1])
         except RuntimeError as error:
             self._pipe = None  # a failed pipeline is dead
             if len(rows) == 1:
                 return {int(rows[0]): _reason(error)}
             return self._decode_singly(encoded, crops, rows, images, error)
-        pixels = images[rows[0] : rows[-1] + 1].permute(0, 2, 3, 1)  # [n, H, W, 3], contiguous
+        pixels = images[rows[0] : rows[-1] + 1].permute(0, 1, 3, 4, 2)  # [n, crops, H, W, 3], contiguous
         if self._mixed:
-            _copy_from_dali(outputs, pixels)
+            for number, output in enumerate(outputs):
+                _copy_from_dali(output, pixels[:, number])
         else:
-            for at, image in enumerate(pixels.numpy()):
-                resize_into(image, np.asarray(outputs[at]), flip=bool(crops.flip[rows[at]]))
+            for at, images_of_file in enumerate(pixels.numpy()):
+                _cut(np.asarray(outputs[0][at]), crops, int(rows[at]), images_of_file)
         return {}
+
+    def _run(
+        self, encoded: Sequence[Encoded], crops: Crops, rows: npt.NDArray[np.int64], crops_per_image: int
+    ) -> tuple[Any, ...]:
+        pipe = self._pipe
+        boxes = _rows_of(crops, rows, crops_per_image)  # of [n, crops]
+        pipe.feed_input("encoded", [np.frombuffer(encoded[row], np.uint8) for row in rows])
+        if not self._mixed:
+            top, left, height, width = _bounds(boxes)
+            pipe.feed_input("start", np.stack([top, left], axis=1).astype(np.int32))
+            pipe.feed_input("shape", np.stack([height, width], axis=1).astype(np.int32))
+            return tuple(pipe.run())
+        for number in range(crops_per_image):
+            start, shape = (
+                np.stack([column[:, number] for column in pair], axis=1).astype(np.int32)
+                for pair in ((boxes.top, boxes.left), (boxes.height, boxes.width))
+            )
+            pipe.feed_input(f"start{number}", start)
+            pipe.feed_input(f"shape{number}", shape)
+            pipe.feed_input(f"flip{number}", boxes.flip[:, number].astype(np.int32))
+        return tuple(pipe.run())
 
     def _decode_singly(
         self,
@@ -297,13 +338,30 @@ def resize_into(image: npt.NDArray[np.uint8], crop: npt.NDArray[np.uint8], *, fl
         np.copyto(image[top : top + num_rows], flipped[0].permute(1, 2, 0).numpy())
 
 
-def _run(pipe: Any, encoded: Sequence[Encoded], crops: Crops, rows: npt.NDArray[np.int64], *, flip: bool) -> Any:
-    pipe.feed_input("encoded", [np.frombuffer(encoded[row], np.uint8) for row in rows])
-    pipe.feed_input("start", np.stack([crops.top[rows], crops.left[rows]], axis=1).astype(np.int32))
-    pipe.feed_input("shape", np.stack([crops.height[rows], crops.width[rows]], axis=1).astype(np.int32))
-    if flip:
-        pipe.feed_input("flip", crops.flip[rows].astype(np.int32))
-    return pipe.run()[0]
+def _rows_of(crops: Crops, rows: npt.NDArray[np.int64], crops_per_image: int) -> Crops:
+    """The boxes of some files, each column [n, crops]."""
+    return Crops(*(getattr(crops, field.name).reshape(-1, crops_per_image)[rows] for field in fields(Crops)))
+
+
+def _bounds(boxes: Crops) -> tuple[npt.NDArray[np.int64], ...]:
+    """Top, left, height and width [n] of what all boxes of a file lie in: decoded once, it is cut for each."""
+    top, left = boxes.top.min(axis=1), boxes.left.min(axis=1)
+    return top, left, (boxes.top + boxes.height).max(axis=1) - top, (boxes.left + boxes.width).max(axis=1) - left
+
+
+def _cut(decoded: npt.NDArray[np.uint8], crops: Crops, row: int, images: npt.NDArray[np.uint8]) -> None:
+    """Fill `images` [crops, H, W, 3] from the part [h, w, 3] of file `row` that all its boxes lie in."""
+    num = len(images)
+    if num == 1:
+        resize_into(images[0], decoded, flip=bool(crops.flip[row]))
+        return
+    boxes = slice(row * num, (row + 1) * num)
+    tops, lefts = crops.top[boxes] - crops.top[boxes].min(), crops.left[boxes] - crops.left[boxes].min()
+    for image, top, left, height, width, flip in zip(
+        images, tops, lefts, crops.height[boxes], crops.width[boxes], crops.flip[boxes], strict=True
+    ):
+        crop = np.ascontiguousarray(decoded[top : top + height, left : left + width])
+        resize_into(image, crop, flip=bool(flip))
 
 
 def _copy_from_dali(outputs: Any, images: Tensor) -> None:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from pipeline.augment import Crops, draw_crops, draw_masks
+from pipeline.augment import Crops, repeated_crops, repeated_masks
 from pipeline.config import DataConfig, check_world, require
 from pipeline.dataset import Dataset
 from pipeline.decode import Decoder, Decoding
@@ -35,7 +35,8 @@ _CLOSE_S = 0.4
 class Batch:
     """One micro-batch of a rank. Tensors are on the loader's device.
 
-    B is at least 1, and may differ by one between the micro-batches of a step.
+    B is at least 1, and may differ by one sample between the micro-batches of a step. With `crops_per_image` the crops
+    of a sample are side by side.
     """
 
     images: UInt8[Tensor, "B 3 H W"]
@@ -139,6 +140,7 @@ class Loader:
         self._reader = Reader(dataset, config, rank=dp_rank, world_size=dp_world_size, start_step=start_step)
         self._decoder = Decoder(
             config.augment,
+            crops_per_image=config.crops_per_image,
             device=config.decode_device,
             num_threads=config.num_decode_threads or _num_cpus(),
             device_id=_gpu(self._device) if config.decode_device == "mixed" else None,
@@ -263,15 +265,17 @@ class Loader:
     def _batch(
         self, images: Tensor, samples: list[EncodedSample], step: int, micro_step: int, fetched_at: float
     ) -> Batch:
+        config = self._config
         ids = _column([sample.sample_id for sample in samples])
+        labels = _column([sample.label for sample in samples])
         epochs = _column([sample.epoch for sample in samples])
-        kept, masked = draw_masks(self._config.augment, self._config.seed, epochs, ids)
+        kept, masked = repeated_masks(config.augment, config.seed, epochs, ids, config.crops_per_image)
         return Batch(
             images=images,
             kept_ids=self._tensor(np.ascontiguousarray(kept)),
             masked_ids=self._tensor(np.ascontiguousarray(masked)),
-            sample_ids=self._tensor(ids),
-            labels=self._tensor(_column([sample.label for sample in samples])),
+            sample_ids=self._tensor(ids.repeat(config.crops_per_image)),
+            labels=self._tensor(labels.repeat(config.crops_per_image)),
             step=step,
             micro_step=micro_step,
             num_micro_steps=self.num_micro_steps,
@@ -291,21 +295,22 @@ class Loader:
             if not bad:
                 return batch
             for index, reason in bad.items():
-                samples[index] = self._replace(samples[index], reason, batch.images[index])
+                images = batch.images.view(len(samples), -1, *batch.images.shape[1:])[index]
+                samples[index] = self._replace(samples[index], reason, images)
         except Exception:
             if self._closed.is_set():  # meanwhile, by another thread
                 raise StopIteration from None
             raise
         return self._batch(batch.images, samples, batch.step, batch.micro_step, batch.fetched_at)
 
-    def _replace(self, sample: EncodedSample, reason: str, image: Tensor) -> EncodedSample:
-        """The first replacement of a sample that can be decoded; its pixels go to `image` [3, H, W]."""
+    def _replace(self, sample: EncodedSample, reason: str, images: Tensor) -> EncodedSample:
+        """The first replacement of a sample that can be decoded; its crops go to `images` [crops, 3, H, W]."""
         while True:
             sample = self._reader.replace(sample, reason)
             decoding = self._decoder.start([sample.data], self._crops([sample]))
             bad = decoding.wait()
             if not bad:
-                image.copy_(decoding.images[0])
+                images.copy_(decoding.images)
                 return sample
             reason = bad[0]
 
@@ -314,13 +319,14 @@ class Loader:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def _crops(self, samples: list[EncodedSample]) -> Crops:
-        return draw_crops(
+        return repeated_crops(
             self._config.augment,
             self._config.seed,
             _column([sample.epoch for sample in samples]),
             _column([sample.sample_id for sample in samples]),
             _column([sample.height for sample in samples]),
             _column([sample.width for sample in samples]),
+            self._config.crops_per_image,
         )
 
 

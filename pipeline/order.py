@@ -76,7 +76,7 @@ class Order:
         self.num_samples = int(self._first_ids[-1])
         if self.num_samples < 1:
             raise ValueError("the dataset has 0 samples; an order needs at least 1")
-        self._batch, self._lanes = config.global_batch_size, config.num_lanes
+        self._batch, self._lanes = config.global_batch_size // config.crops_per_image, config.num_lanes
         self._window = config.shuffle_window_samples
         self._shard_key = stream_key(config.seed, "order/shards")
         self._offset_key = stream_key(config.seed, "order/offset")
@@ -85,11 +85,11 @@ class Order:
         self._epoch = lru_cache(maxsize=4)(self._build_epoch)
 
     def step_sample_ids(self, step: int) -> Int64:
-        """Sample ids [G] of a step, in the order of their positions."""
+        """Sample ids [G / crops_per_image] of a step, in the order of their positions."""
         return self.sample_ids(self.step_positions(step))
 
     def step_positions(self, step: int) -> Int64:
-        """Positions [G] of a step."""
+        """Positions [G / crops_per_image] of a step."""
         if step < 0:
             raise ValueError(f"step ({step}) must not be negative")
         return np.arange(step * self._batch, (step + 1) * self._batch, dtype=np.int64)

@@ -117,7 +117,9 @@ def one_rank_config(config: TrainConfig, device: torch.device, micro_batch_size:
     size = micro_batch_size or min(data.micro_batch_size or data.global_batch_size, data.global_batch_size)
     if device.type == "cpu" and micro_batch_size is None:
         size = min(size, max(1, _CPU_PATCHES // num_patches(data.augment)))
-    lanes = next(lanes for lanes in range(min(size, data.num_lanes), 0, -1) if size % lanes == 0)
+    crops = data.crops_per_image
+    size = max(size // crops, 1) * crops
+    lanes = next(lanes for lanes in range(min(size, data.num_lanes), 0, -1) if size % (lanes * crops) == 0)
     data = dataclasses.replace(
         data,
         global_batch_size=size,

@@ -163,7 +163,7 @@ def test_micro_batches_are_as_even_as_possible(url):
     assert sizes == {0: [2, 2], 1: [2, 2], 2: [1, 1], 3: [1, 1]}
     # A rank of one sample a step, and two micro-steps on others: one would be empty.
     config = replace(CONFIG, global_batch_size=6, micro_batch_size=1)
-    with pytest.raises(ValueError, match=r"micro_batch_size \(1\) needs 2 micro-batches on a rank that has 1 images"):
+    with pytest.raises(ValueError, match=r"micro_batch_size \(1\) needs 2 micro-batches on a rank that has 1 samples"):
         Loader(dataset, config, dp_rank=0, dp_world_size=4)
 
 

@@ -36,6 +36,7 @@ def whole_image_config(data: DataConfig, num_samples: int, seed: int) -> DataCon
         data,
         augment=whole,
         global_batch_size=num_samples,
+        crops_per_image=1,
         num_lanes=num_samples,
         seed=seed,
         micro_batch_size=None,

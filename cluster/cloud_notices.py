@@ -85,9 +85,9 @@ class Ec2:
     def poll(self) -> Notice | None:
         """`spot/instance-action`, which is not there until the instance is to be stopped, terminated or hibernated."""
         action = _parse_object(self._get("spot/instance-action"))
-        if action is None:
+        if action is None or not isinstance(action.get("action"), str):
             return None
-        return Notice("ec2", _unix(datetime.fromisoformat, action.get("time")), str(action.get("action")))
+        return Notice("ec2", _unix(datetime.fromisoformat, action.get("time")), action["action"])
 
     def _get(self, path: str) -> str | None:
         for _ in range(2):
@@ -167,7 +167,7 @@ class Azure:
         compute = self._get("instance/compute?api-version=2021-02-01")
         if compute is None or not compute.get("vmId") or not compute.get("name"):
             return False
-        self._name = str(compute["name"])
+        self._name = str(compute["name"]).lower()  # Azure's names differ by more than case
         return True
 
     def poll(self) -> Notice | None:
@@ -182,7 +182,8 @@ class Azure:
     def _ends_us(self, event: Any) -> bool:
         if not isinstance(event, dict) or event.get("EventType") not in _AZURE_EVENTS:
             return False
-        return self._name in (event.get("Resources") or [])
+        names = event.get("Resources")
+        return isinstance(names, list) and self._name in [str(name).lower() for name in names]
 
     def _notice(self, event: dict[str, Any]) -> Notice:
         deadline = _unix(parsedate_to_datetime, event.get("NotBefore"))
@@ -251,5 +252,5 @@ def _unix(parse: Callable[[str], datetime], text: Any) -> float | None:
     """Unix seconds, of a time that may be missing or malformed."""
     try:
         return parse(text).timestamp()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -10,17 +10,19 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, redirect_stdout
 from types import FrameType
 from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
 
 from cluster.config import JobConfig
+from cluster.process_group import torch_config
+from cluster.ray_access import open_ray
 from cluster.relay import News, start_relay
 from cluster.worker import REFUSED, train_worker
 from trainer.config import to_dict
@@ -31,8 +33,6 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.25
 _ABORT_S = 120.0
 _WAIT_TOLD_S = 30.0
-_OBJECT_STORE_BYTES = 256 * 2**20
-"""Of a local Ray: no training data passes through Ray's object store."""
 
 
 class RunFailedError(Exception):
@@ -53,12 +53,12 @@ def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
     """
     with (
         redirect_stdout(_RayOutput()),
-        _ray(job),
+        _ray(job) as local,
         tempfile.TemporaryDirectory(prefix="tarmac-ray-train-") as scratch,
         _StopSignals() as signals,
     ):
         relay = start_relay(job.max_attempts_without_progress)
-        fit, workers = _Fit(_trainer(job, relay, scratch)), _WorkersAwaited(job)
+        fit, workers = _Fit(_trainer(job, relay, scratch, local)), _WorkersAwaited(job)
         fit.start()
         running = True
         while running:
@@ -136,13 +136,12 @@ class _Fit(threading.Thread):
         return self._reason
 
 
-def _trainer(job: JobConfig, relay: Any, scratch: str) -> TorchTrainer:
+def _trainer(job: JobConfig, relay: Any, scratch: str, local: bool) -> TorchTrainer:
     gpu = job.gpus_per_worker > 0
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": to_dict(job), "relay": relay},
-        # gloo beside nccl: checkpoints and agreements pass plain CPU values.
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        torch_config=torch_config(gpu=gpu, local=local),
         scaling_config=ScalingConfig(
             num_workers=job.num_workers,
             use_gpu=gpu,
@@ -158,35 +157,12 @@ def _trainer(job: JobConfig, relay: Any, scratch: str) -> TorchTrainer:
     )
 
 
-@contextmanager
-def _ray(job: JobConfig) -> Iterator[None]:
-    """RAY_ADDRESS's cluster, or a local one with as many logical CPUs as the workers need."""
+def _ray(job: JobConfig) -> AbstractContextManager[bool]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS")
-    if address is None:
-        needed = math.ceil(job.num_workers * job.cpus_per_worker)
-        options |= {"num_cpus": max(os.cpu_count() or 1, needed), "include_dashboard": False}
-        options["object_store_memory"] = _OBJECT_STORE_BYTES
-    ray.init(address=address or "local", **options)
-    if address is None and job.gpus_per_worker:
-        have, need = _resources(["GPU"])["GPU"], job.num_workers * job.gpus_per_worker
-        if have < need:
-            ray.shutdown()
-            raise RunFailedError(
-                f"num_workers ({job.num_workers}) at gpus_per_worker {job.gpus_per_worker:g} needs {need:g} GPUs and "
-                f"this machine has {have:g}; use fewer workers, --gpus-per-worker 0, or a cluster (RAY_ADDRESS)"
-            )
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise  # Ray dies with this process; shut down under the fitting thread it takes the process with it
-    except BaseException:
-        ray.shutdown()
-        raise
-    ray.shutdown()
+    needed = math.ceil(job.num_workers * job.cpus_per_worker)
+    return open_ray(num_cpus=needed, num_gpus=job.num_workers * job.gpus_per_worker)
 
 
 class _StopSignals:

@@ -22,7 +22,10 @@ from ray.train.v2.api.config import LoggingConfig
 
 from cluster.config import JobConfig
 from cluster.relay import News, start_relay
+from cluster.stop_request import clear_stop, stop_asked
 from cluster.worker import REFUSED, train_worker
+from pipeline.errors import StoreError
+from pipeline.store import Store
 from trainer.config import to_dict
 from trainer.loop import StopReason
 
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.25
 _ABORT_S = 120.0
 _WAIT_TOLD_S = 30.0
+_STOP_POLL_S = 2.0
 _OBJECT_STORE_BYTES = 256 * 2**20
 """Of a local Ray: no training data passes through Ray's object store."""
 
@@ -59,6 +63,7 @@ def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
     ):
         relay = start_relay(job.max_attempts_without_progress)
         fit, workers = _Fit(_trainer(job, relay, scratch)), _WorkersAwaited(job)
+        request = _StopRequest(Store(job.run, job.train.store))
         fit.start()
         running = True
         while running:
@@ -68,13 +73,43 @@ def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
             if signals.take():
                 relay.request_stop.remote()
                 news.events.append({"event": "stopping", "signal": signals.name})
+            if request.take():
+                relay.request_stop.remote()
+                news.events.append({"event": "stopping", "signal": "tarmac stop"})
             news.events += workers.look(news)
             on_news(news)
             if news.fatal is not None:
                 # Ray starts the workers once more, they are refused, and the fit ends in order.
                 fit.join(_ABORT_S)
                 raise RunFailedError(news.fatal)
-        return fit.outcome()
+        reason = fit.outcome()
+        request.clear()
+        return reason
+
+
+class _StopRequest:
+    """The bucket's stop request, looked for now and then."""
+
+    def __init__(self, run: Store) -> None:
+        self._run = run
+        self._taken = False
+        self._next = 0.0
+
+    def take(self) -> bool:
+        """Whether a stop was asked for since the last call."""
+        if self._taken or time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + _STOP_POLL_S
+        try:
+            self._taken = stop_asked(self._run)
+        except StoreError as error:
+            logger.warning("no answer about a stop request: %s", error)
+        return self._taken
+
+    def clear(self) -> None:
+        """It was honoured, if there was one."""
+        if self._taken:
+            clear_stop(self._run)
 
 
 class _WorkersAwaited:

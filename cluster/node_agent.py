@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.cloud_notices import Notice, NoticeSource, detect
 from cluster.draining import alive_nodes, drain
+from cluster.processes import start_time
 
 logger = logging.getLogger(__name__)
 
@@ -130,15 +130,3 @@ class NodeAgents:
             except ray.exceptions.RayError as error:
                 if node_id in self._agents:
                     logger.warning("no notices from node %s: its agent did not start: %s", node_id, error)
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: with the pid, its identity. None if there is none.
-
-    Source: proc_pid_stat(5), field 22. Linux only; elsewhere None.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(stat.rpartition(")")[2].split()[19])  # the second field, in brackets, may hold anything

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.lease import LeaseRecord, is_stale, read_lease
+from cluster.ledger import read_ledger
 from cluster.options import amounts
 from cluster.stop_request import stop_asked
 from pipeline.errors import StoreNotFoundError
 from pipeline.store import Store
 from trainer.config import TrainConfig, num_steps
 from trainer.errors import RunError
-from trainer.metrics import ATTEMPTS, EVENTS, NUM_READS, Event
+from trainer.metrics import ATTEMPTS, DRIVER_EVENTS, EVENTS, NUM_READS, Event
 from trainer.run_files import RUN, read_run
-
-DRIVER_EVENTS = "driver.jsonl"
 
 StateName = Literal[
     "new", "starting", "waiting", "running", "stopping", "stopped", "finished", "failed", "lost", "unreadable"
@@ -190,7 +189,8 @@ def _judge_driven(newest: _Newest, stopping: bool) -> tuple[StateName, str | Non
 
 
 def _goodput(run: Store) -> float | None:
-    return None
+    ledger = read_ledger(run)
+    return ledger.goodput if ledger.wall_s else None
 
 
 def _total(config: TrainConfig, record: dict[str, Any] | None) -> int | None:

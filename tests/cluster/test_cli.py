@@ -17,7 +17,7 @@ from pipeline.config import AugmentConfig, DataConfig
 from pipeline.store import Store
 from trainer import recipes
 from trainer.config import OptimConfig, TrainConfig
-from trainer.loop import train
+from trainer.loop import Wish, train
 from trainer.run_files import open_run
 
 TINY = [
@@ -163,7 +163,7 @@ def run(dataset, tmp_path):
             attempt=1,
             device=torch.device("cpu"),
             resume_from=None,
-            should_stop=lambda: False,
+            ask=lambda: Wish.GO_ON,
             on_metrics=lambda record: None,
         )
     return job.run

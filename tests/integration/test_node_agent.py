@@ -16,7 +16,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.draining import alive_nodes, draining_nodes
-from cluster.node_agent import NodeAgents, start_time
+from cluster.node_agent import NodeAgents
+from cluster.processes import start_time
 from tests.cluster.metadata_server import MetadataServer, serve_metadata
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]

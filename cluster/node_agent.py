@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ class NodeAgent:
             pid: the process.
             started: its `start_time`.
         """
-        if start_time(pid) != started:
+        found = start_time(pid)
+        if found is None or found != started:
             return False
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         return True
 
     def _watch(self) -> None:
@@ -72,10 +75,14 @@ def _find_cloud() -> NoticeSource | None:
 
 
 class NodeAgents:
-    """The driver's agents: one on every node that is alive. They end with the driver."""
+    """The driver's agents: one on every node that is alive. They end with the driver.
+
+    Args:
+        relay: actor whose `note_notice` is given each notice, `{"node": ..., "source": ..., "deadline": ...}`, before
+            the node is drained; None for none.
+    """
 
     def __init__(self, relay: Any = None) -> None:
-        """Args: relay: actor whose `note_notice` gets each notice: `node`, `source`, `deadline`."""
         self._relay = relay
         self._actor: Any = ray.remote(NodeAgent)
         self._agents: dict[str, Any] = {}

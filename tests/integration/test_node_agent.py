@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.draining import alive_nodes, draining_nodes
+from cluster.draining import alive_nodes, drain, draining_nodes
 from cluster.node_agent import NodeAgents, start_time
 from tests.cluster.metadata_server import MetadataServer, serve_metadata
 
@@ -126,6 +126,8 @@ def test_a_notice_drains_its_node_and_reaches_the_relay(cluster: Cluster, metada
     wait_for(lambda: bool(ray.get(relay.noted.remote())))
     assert ray.get(relay.noted.remote()) == [{"node": spot, "source": "ec2", "deadline": deadline}]
 
+    assert drain(spot, None, "nobody knows when")
+    assert draining_nodes() == {spot: None}
     agents.refresh()
     assert spot in (alive_nodes() or ())  # the agent keeps it up
     agents.refresh(without={spot})

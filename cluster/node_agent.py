@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +42,28 @@ class NodeAgent:
         found = start_time(pid)
         if found is None or found != started:
             return False
-        with suppress(ProcessLookupError):
+        try:
             os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it ended by itself just now
+            return False
         return True
 
     def _watch(self) -> None:
-        source = _find_cloud()
-        while source is not None:
+        source, told = _find_cloud(), None
+        while source is not None and (told is None or told.deadline is None):
             notice = source.poll()
-            if notice is not None:
+            if notice is not None and notice != told:
                 self._pass_on(notice, source.poll_s)
-                return
+                told = notice
             time.sleep(source.poll_s)
 
     def _pass_on(self, notice: Notice, retry_s: float) -> None:
         logger.warning("%s: %s, deadline %s", notice.source, notice.what, notice.deadline)
+        while not drain(self._node, notice.deadline, f"{notice.source}: {notice.what}"):
+            time.sleep(retry_s)
         if self._relay is not None:
             told = {"node": self._node, "source": notice.source, "deadline": notice.deadline}
             self._relay.note_notice.remote(told)
-        while not drain(self._node, notice.deadline, f"{notice.source}: {notice.what}"):
-            time.sleep(retry_s)
 
 
 def _find_cloud() -> NoticeSource | None:
@@ -78,8 +79,8 @@ class NodeAgents:
     """The driver's agents: one on every node that is alive. They end with the driver.
 
     Args:
-        relay: actor whose `note_notice` is given each notice, `{"node": ..., "source": ..., "deadline": ...}`, before
-            the node is drained; None for none.
+        relay: actor whose `note_notice` is given each notice, `{"node": ..., "source": ..., "deadline": ...}`, once
+            the node is being drained; None for none.
     """
 
     def __init__(self, relay: Any = None) -> None:

@@ -122,7 +122,6 @@ class NodeAgents:
             agent.kill.remote(pid, started)
 
     def _start(self, node_id: str) -> None:
-        # On a node that is gone, such an actor ends; one with a label selector would wait for the node for ever.
         here = NodeAffinitySchedulingStrategy(node_id, soft=False)
         agent = self._actor.options(num_cpus=0, scheduling_strategy=here, max_restarts=-1).remote(self._relay)
         self._agents[node_id] = agent

@@ -39,27 +39,31 @@ class NodeAgent:
             pid: the process.
             started: its `start_time`.
         """
-        if start_time(pid) != started:
+        found = start_time(pid)
+        if found is None or found != started:
             return False
-        os.kill(pid, signal.SIGKILL)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it ended by itself just now
+            return False
         return True
 
     def _watch(self) -> None:
-        source = _find_cloud()
-        while source is not None:
+        source, told = _find_cloud(), None
+        while source is not None and (told is None or told.deadline is None):
             notice = source.poll()
-            if notice is not None:
+            if notice is not None and notice != told:
                 self._pass_on(notice, source.poll_s)
-                return
+                told = notice
             time.sleep(source.poll_s)
 
     def _pass_on(self, notice: Notice, retry_s: float) -> None:
         logger.warning("%s: %s, deadline %s", notice.source, notice.what, notice.deadline)
+        while not drain(self._node, notice.deadline, f"{notice.source}: {notice.what}"):
+            time.sleep(retry_s)
         if self._relay is not None:
             told = {"node": self._node, "source": notice.source, "deadline": notice.deadline}
             self._relay.note_notice.remote(told)
-        while not drain(self._node, notice.deadline, f"{notice.source}: {notice.what}"):
-            time.sleep(retry_s)
 
 
 def _find_cloud() -> NoticeSource | None:
@@ -72,10 +76,14 @@ def _find_cloud() -> NoticeSource | None:
 
 
 class NodeAgents:
-    """The driver's agents: one on every node that is alive. They end with the driver."""
+    """The driver's agents: one on every node that is alive. They end with the driver.
+
+    Args:
+        relay: actor whose `note_notice` is given each notice, `{"node": ..., "source": ..., "deadline": ...}`, once
+            the node is being drained; None for none.
+    """
 
     def __init__(self, relay: Any = None) -> None:
-        """Args: relay: actor whose `note_notice` gets each notice: `node`, `source`, `deadline`."""
         self._relay = relay
         self._actor: Any = ray.remote(NodeAgent)
         self._agents: dict[str, Any] = {}
@@ -114,7 +122,6 @@ class NodeAgents:
             agent.kill.remote(pid, started)
 
     def _start(self, node_id: str) -> None:
-        # On a node that is gone, such an actor ends; one with a label selector would wait for the node for ever.
         here = NodeAffinitySchedulingStrategy(node_id, soft=False)
         agent = self._actor.options(num_cpus=0, scheduling_strategy=here, max_restarts=-1).remote(self._relay)
         self._agents[node_id] = agent

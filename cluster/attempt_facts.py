@@ -11,7 +11,7 @@ import numpy as np
 from trainer.metrics import Event
 from trainer.step_columns import StepColumns
 
-_BY_DRIVER = frozenset({"asked", "waiting", "placed", "notice", "lost", "ended"})
+_OF_RANK_ZERO = frozenset({"damage", "start", "save", "quarantined", "skipped", "stop"})
 _ENDS = frozenset({"lost", "ended"})
 
 
@@ -73,7 +73,7 @@ def _facts(attempt: int, events: list[Event], steps: StepColumns | None) -> Atte
     asked, start, stop = (last_of.get(kind) for kind in ("asked", "start", "stop"))
     ended, lost = last_of.get("ended"), last_of.get("lost")
     of_steps = [] if steps is None else [float(steps.time[0] - np.nan_to_num(steps.step_s[0])), float(steps.time.max())]
-    of_rank_zero = [event["time"] for event in events if event["event"] not in _BY_DRIVER]
+    of_rank_zero = [event["time"] for event in events if event["event"] in _OF_RANK_ZERO]
     of_rank_zero += of_steps if start is None else [start.get("began", start["time"]), *of_steps[1:]]
     times = of_rank_zero + [event["time"] for event in events]
     alive = of_rank_zero + [event["time"] for event in events if event["event"] not in _ENDS]

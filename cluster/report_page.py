@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import jinja2
+import numpy as np
 
 from cluster.command_line import join_words, recipe_words
-from cluster.ledger import KINDS, Ledger, make_ledger
+from cluster.ledger import KINDS, Ledger, make_ledger, read_alive_until
 from cluster.report_charts import HEIGHT, WIDTH, Chart, draw_chart, draw_time
 from cluster.report_events import tell_events
+from cluster.run_state import RunState, read_state
 from pipeline.store import Store
 from trainer.checkpoint_commit import COMMIT, DAMAGED, Commit, parse_commit, step_of
 from trainer.config import TrainConfig, num_predicted_patches, peak_lr
@@ -20,7 +21,7 @@ from trainer.curve import restart_steps
 from trainer.errors import CheckpointError
 from trainer.metrics import Event, read_events
 from trainer.run_files import RunRecord, read_run
-from trainer.step_columns import StepColumns, latest_columns, read_columns
+from trainer.step_columns import Floats, StepColumns, latest_columns, read_columns
 
 _MAX_EVENTS = 200
 
@@ -60,7 +61,8 @@ def render_report(run: Store) -> str:
     record = read_run(run)
     events, attempts = read_events(run), read_columns(run)
     steps = latest_columns(attempts)
-    ledger = make_ledger(events, attempts)
+    ledger = make_ledger(events, attempts, read_alive_until(run, events))
+    state = read_state(run)
     told = tell_events(events)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cluster", ""),
@@ -73,8 +75,9 @@ def render_report(run: Store) -> str:
     return environment.get_template("report_page.html.j2").render(
         run=str(run),
         made=time.time(),
-        state=_state(ledger),
-        facts=_facts(record, steps, ledger),
+        state=state.state,
+        reason=state.reason,
+        facts=_facts(state, steps, ledger),
         recipe=_recipe(record.config),
         versions=record.versions,
         ledger=ledger,
@@ -127,42 +130,23 @@ def _checkpoint(run: Store, directory: str, sizes: dict[str, int], saves: dict[i
     )
 
 
-def _state(ledger: Ledger) -> str:
-    """In a word, from how the last attempt ended."""
-    if not ledger.rows:
-        return "not begun"
-    outcome = ledger.rows[-1].facts.outcome
-    return "under way, or cut off" if outcome is None else outcome
-
-
-def _facts(record: RunRecord, steps: StepColumns, ledger: Ledger) -> dict[str, str]:
+def _facts(state: RunState, steps: StepColumns, ledger: Ledger) -> dict[str, str]:
     """The numbers at the top of the page."""
-    total = _num_steps(record.config, steps)
-    facts = {"attempts": str(len(ledger.rows)), "wall time": _seconds(ledger.wall_s)}
+    total = f" of {state.num_steps:,}" if state.num_steps else ""
+    facts = {"step": f"{state.step:,}{total}", "attempts": str(state.attempts), "wall time": _seconds(ledger.wall_s)}
     if not len(steps):
-        return {"step": f"0 of {total:,}" if total else "0", **facts}
+        return facts
     tail = max(1, len(steps) // 40)
-    loss, speed = (float(_mean(values[-tail:])) for values in (steps.loss, steps.images_per_s))
-    return {
-        "step": f"{steps.step[-1]:,}" + (f" of {total:,}" if total else ""),
-        "epoch": f"{steps.epoch[-1]:.2f}",
+    loss, speed = (_mean(values[-tail:]) for values in (steps.loss, steps.images_per_s))
+    return facts | {
+        "epoch": f"{state.epoch:.2f}",
         f"loss, mean of {tail:,} steps" if tail > 1 else "loss": f"{loss:.4f}",
         "images/s": f"{speed:,.0f}",
-        **facts,
     }
 
 
-def _num_steps(config: TrainConfig, steps: StepColumns) -> int | None:
-    """Of the whole run. The dataset's size is not part of a run's record: its epochs tell."""
-    if config.optim.num_steps is not None:
-        return config.optim.num_steps
-    if not len(steps) or not steps.epoch[-1] > 0:
-        return None
-    return max(1, math.ceil(config.optim.num_epochs * float(steps.step[-1]) / float(steps.epoch[-1])))
-
-
-def _mean(values: Any) -> float:
-    numbers = values[[math.isfinite(value) for value in values.tolist()]]
+def _mean(values: Floats) -> float:
+    numbers = values[np.isfinite(values)]
     return float(numbers.mean()) if len(numbers) else math.nan
 
 

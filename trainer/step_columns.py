@@ -30,7 +30,6 @@ class StepColumns:
     loss: Floats
     lr: Floats
     images_per_s: Floats
-    epoch: Floats
 
     def __len__(self) -> int:
         return len(self.step)

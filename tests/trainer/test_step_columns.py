@@ -13,7 +13,7 @@ from pipeline.store import Store
 from trainer.metrics import MetricsWriter, read_metrics
 from trainer.step_columns import latest_columns, read_columns
 
-NAMES = ("step", "time", "step_s", "data_wait_s", "loss", "lr", "images_per_s", "epoch")
+NAMES = ("step", "time", "step_s", "data_wait_s", "loss", "lr", "images_per_s")
 
 
 def test_columns_hold_what_the_records_hold_to_the_last_bit(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cluster.options import amounts
 from trainer.metrics import Event
 
 _MAX_CHARS = 300
@@ -58,10 +59,6 @@ def _notice(event: Event) -> str:
     )
 
 
-def _amounts(resources: dict[str, float]) -> str:
-    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items() if amount or kind == "CPU")
-
-
 def _stop(event: Event) -> str:
     reasons = {"finished": "finished", "stopped": "saved and stopped"}
     return f"{reasons.get(event['reason'], 'stopped: ' + str(event['reason']))} at step {event['step']}"
@@ -70,7 +67,7 @@ def _stop(event: Event) -> str:
 _SENTENCES: dict[str, Callable[[Event], str]] = {
     "start": _start,
     "waiting": lambda event: (
-        f"waited for nodes: the workers need {_amounts(event['need'])}, the cluster has {_amounts(event['have'])}"
+        f"waited for nodes: the workers need {amounts(event['need'])}, the cluster has {amounts(event['have'])}"
     ),
     "notice": _notice,
     "stopping": lambda event: f"{event['signal']}: asked to save and stop",

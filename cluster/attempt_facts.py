@@ -26,8 +26,6 @@ class AttemptFacts:
     """The last thing known."""
     driver: str | None
     """Random name of the driver process; None before there were driver's events."""
-    reason: str | None
-    """Why it was made: `first`, `restart`, `resume`, `resize`, `move`."""
     num_workers: int | None
     asked: float | None
     """When its driver began to wait for resources, or last said that it waits."""
@@ -85,7 +83,6 @@ def _facts(attempt: int, events: list[Event], steps: StepColumns | None) -> Atte
         first=min(times),
         last=max(times),
         driver=None if asked is None else asked["driver"],
-        reason=None if asked is None else asked["reason"],
         num_workers=(start or {}).get("world_size", (asked or {}).get("num_workers")),
         asked=max(waited, default=None),
         placed=placed,

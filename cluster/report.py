@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from cluster.options import UsageError, parse, say
-
-if TYPE_CHECKING:
-    from pipeline.store import Store
+from cluster.options import check_file, parse, say
 
 REPORT = "report.html"
 
@@ -33,7 +30,8 @@ class ReportOptions:
 def report(arguments: list[str]) -> int:
     """Write a run's goodput, curves, events and checkpoints as one HTML page."""
     options = parse(ReportOptions, arguments, "report")
-    _check_out(options.out)
+    if options.out is not None:
+        check_file("out", options.out, ".html")
     from cluster.report_page import render_report
     from pipeline.store import Store
 
@@ -43,19 +41,5 @@ def report(arguments: list[str]) -> int:
         run.write(REPORT, page)
     else:
         options.out.write_bytes(page)
-    say(Console(), f"wrote {_target(run, options.out)}")
+    say(Console(), f"wrote {options.out or f'{run}/{REPORT}'}")
     return 0
-
-
-def _check_out(path: Path | None) -> None:
-    """Before the work, not after it: whether a page can be written there."""
-    if path is None:
-        return
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UsageError(f"--out ({path}) must be the name of an .html file")
-    if not path.resolve().parent.is_dir():
-        raise UsageError(f"--out ({path}) must be in a folder that exists; make {path.resolve().parent}")
-
-
-def _target(run: Store, out: Path | None) -> str:
-    return f"{run}/{REPORT}" if out is None else str(out)

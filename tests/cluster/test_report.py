@@ -182,7 +182,7 @@ def test_it_is_written_to_the_run_or_to_a_file(
     ("arguments", "code", "parts"),
     [
         (["{run}/absent"], 1, ["is not a run", "run.json"]),
-        (["{run}", "--out", "{run}/report.png"], 2, ["must be the name of an .html file"]),
+        (["{run}", "--out", "{run}/report.png"], 2, ["must be the name of a .html file"]),
         (["{run}", "--out", "{run}/absent/report.html"], 2, ["must be in a folder that exists"]),
         ([], 2, ["run"]),
     ],

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from cluster import bench_commands, dataset_commands, job_commands, run_commands, submit_command
+from cluster import bench_commands, dataset_commands, job_commands, report, run_commands, submit_command
 from cluster.options import CommandError, UsageError
 from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
 from trainer.errors import CheckpointError, RunError, TrainingError
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "stop": job_commands.stop,
     "reconstruct": run_commands.reconstruct,
     "curve": run_commands.curve,
+    "report": report.report,
     "bench": bench_commands.bench,
 }
 

@@ -24,6 +24,9 @@ _NOT_FOUND = "status code 404"
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray lets these win over the address that it is given."""
 
+_TALKATIVE = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Loggers that Ray sets to INFO, of what it uploads and from where."""
+
 
 class NoAnswerError(CommandError):
     """No cluster answers at the address, or not as one does."""
@@ -113,8 +116,8 @@ class RayJobs:
 
     def _client(self) -> _Client:
         if self._connected is None:
-            for name in ("dashboard_sdk", "job.sdk"):
-                logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.getLogger().getEffectiveLevel())
+            for name in _TALKATIVE:
+                logging.getLogger(name).setLevel(logging.getLogger().getEffectiveLevel())
             with _without(_OVERRIDES):
                 self._connected = _Client(self.address)
         return self._connected

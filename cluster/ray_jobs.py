@@ -20,6 +20,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from cluster.options import CommandError, UsageError
 
 _REQUEST_S = 30.0
+FATAL_EXITS = (1, 2)
+"""Of `tarmac pretrain`: it failed, or was used wrongly, and would again."""
 _NOT_FOUND = "status code 404"
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray lets these win over the address that it is given."""
@@ -48,6 +50,16 @@ class Job:
     def is_active(self) -> bool:
         """Whether it waits or runs."""
         return not self.status.is_terminal()
+
+    @property
+    def failure(self) -> str:
+        """Why it ended, in a line: the last error that it printed, or how it ended."""
+        errors = re.findall(r"^error: (.+)$", self.message, re.MULTILINE)
+        if errors and self.exit_code in FATAL_EXITS:
+            return str(errors[-1])
+        if self.exit_code is not None:
+            return f"its driver ended with {self.exit_code}"
+        return self.message.partition("\n")[0] or str(self.status)
 
 
 class _Client(JobSubmissionClient):
@@ -172,11 +184,19 @@ def _explained(address: str) -> Iterator[None]:
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, or put the token into ~/.ray/auth_token"
         ) from error
     except (OSError, RuntimeError, ValueError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise NoAnswerError(
-            f"no Ray cluster answers at {address} ({reason}); give the URL of its dashboard, "
+            f"no Ray cluster answers at {address} ({_reason(error)}); give the URL of its dashboard, "
             "and check that this machine can reach it"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """In a few words: requests tells its whole call."""
+    if isinstance(error, requests.Timeout):
+        return f"nothing came for {_REQUEST_S:g} s"
+    if isinstance(error, ConnectionError | requests.ConnectionError):
+        return "no connection"
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 @contextmanager

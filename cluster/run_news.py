@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 from cluster.relay import News
-from cluster.run_state import DRIVER_EVENTS
 from pipeline.store import Store
-from trainer.metrics import ATTEMPTS, EVENTS, Event
+from trainer.metrics import ATTEMPTS, DRIVER_EVENTS, EVENTS, Event
 
 
 class RunNews:

@@ -1,4 +1,4 @@
-"""A one-node Ray cluster with a dashboard on loopback, in processes of its own, that can be killed and started again."""
+"""A one-node Ray cluster with a dashboard, in processes of its own, that can be killed and started again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ import requests
 
 from cluster.local_s3 import _free_port
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
+CREDENTIALS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS"),
+    *("AZURE_STORAGE_KEY", "AZURE_CLIENT_SECRET", "HF_TOKEN", "WANDB_API_KEY", "USER", "LOGNAME"),
+)
+CANARIES = {name: f"canary{number}secret" for number, name in enumerate(CREDENTIALS)}
+"""What a submitting machine has in its environment, and must keep to itself."""
 
 
 _SERVE = """

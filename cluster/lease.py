@@ -16,16 +16,19 @@ LEASE = "lease"
 class LeaseRecord:
     """What the newest driver last wrote."""
 
-    holder: str
+    generation: int
+    """Leases of the run so far, this one included."""
+    driver: str
+    """Random name of the driver process."""
     host: str
     pid: int
-    driver: str
-    """Random id of the driver process."""
     started: float
     renewed: float
     """Seconds since 1970, by the driver's clock."""
     term_s: float
     """Not renewed for this long, it is stale."""
+    released: bool = False
+    """Its holder has ended in order."""
 
 
 def read_lease(run: Store) -> LeaseRecord | None:
@@ -37,9 +40,9 @@ def read_lease(run: Store) -> LeaseRecord | None:
         body = json.loads(run.read(names[-1]))
     except StoreNotFoundError:
         return None
-    return LeaseRecord(**{name: body[name] for name in LeaseRecord.__dataclass_fields__})
+    return LeaseRecord(**{name: body[name] for name in LeaseRecord.__dataclass_fields__ if name in body})
 
 
 def is_stale(lease: LeaseRecord) -> bool:
     """Whether the lease ran out, by this machine's clock."""
-    return time.time() - lease.renewed > lease.term_s
+    return lease.released or time.time() - lease.renewed > lease.term_s

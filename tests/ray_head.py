@@ -18,6 +18,7 @@ import requests
 from cluster.local_s3 import _free_port
 
 START_TIMEOUT_S = 120.0
+NUM_TRIES = 3
 CREDENTIALS = (
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS"),
     *("AZURE_STORAGE_KEY", "AZURE_CLIENT_SECRET", "HF_TOKEN", "WANDB_API_KEY", "USER", "LOGNAME"),
@@ -31,6 +32,7 @@ import json, signal, sys
 from ray.cluster_utils import Cluster
 
 Cluster(initialize_head=True, head_node_args=json.loads(sys.argv[1]))
+open(sys.argv[2], "w").close()
 signal.pause()
 """
 # Not `ray start --block`: that begins a Ray Client server too, on which the whole head depends.
@@ -43,6 +45,7 @@ class RayHead:
         self.num_cpus, self.environment = num_cpus, environment or {}
         self.token = token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="trm-", dir="/tmp"))  # short: sockets are below it
+        self.log, self.ready = self.folder.with_suffix(".log"), self.folder / "ready"
         self.port, self.dashboard_port = _free_port(0), _free_port(0)
         self.address = f"http://127.0.0.1:{self.dashboard_port}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -53,32 +56,46 @@ class RayHead:
 
     def start(self) -> None:
         """Start it, again on the same ports; returns when its dashboard takes jobs."""
+        for _ in range(NUM_TRIES):
+            self._begin()
+            if self._is_up():
+                return
+            self.kill()
+        raise AssertionError(self.log.read_text())
+
+    def _begin(self) -> None:
         programs = str(Path(sys.executable).parent)
         environment = os.environ | self.environment | self.client_environment()
         environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+        # A job's driver finds its cluster by a file there; the one in /tmp/ray is of whoever started Ray last.
+        environment["RAY_TMPDIR"] = str(self.folder)
         for name in ("RAY_ADDRESS", "PYTHONPATH"):
             environment.pop(name, None)
         node = {
             **{"gcs_server_port": self.port, "dashboard_port": self.dashboard_port, "dashboard_host": "127.0.0.1"},
-            **{"include_dashboard": True, "temp_dir": str(self.folder), "num_cpus": self.num_cpus},
+            **{"include_dashboard": True, "num_cpus": self.num_cpus},
             **{"dashboard_agent_listen_port": _free_port(0)},
         }
-        command = [sys.executable, "-c", _SERVE, json.dumps(node)]
-        with open(self.folder.with_suffix(".log"), "ab") as log:
+        self.ready.unlink(missing_ok=True)
+        command = [sys.executable, "-c", _SERVE, json.dumps(node), str(self.ready)]
+        with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+    def _is_up(self) -> bool:
+        """Wait for it; False if it gave up, as Ray does on a machine that is too busy."""
+        assert self.process is not None
         headers = {"Authorization": f"Bearer {self.token}"}
         deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.folder.with_suffix(".log").read_text()
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if requests.get(f"{self.address}/api/jobs/", headers=headers, timeout=5).ok:
-                    return
+                if self.ready.exists() and requests.get(f"{self.address}/api/jobs/", headers=headers, timeout=5).ok:
+                    return True
             except requests.ConnectionError:
                 pass
             time.sleep(0.2)
-        raise AssertionError(self.folder.with_suffix(".log").read_text())
+        return False
 
     def kill(self) -> None:
         """SIGKILL, as if the machine were gone: the kernel takes the processes that it started with it."""
@@ -94,4 +111,4 @@ class RayHead:
     def __exit__(self, *exc: object) -> None:
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.with_suffix(".log").unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)

@@ -36,5 +36,6 @@ def write_lines(run: Store, attempt: int, name: str, lines: list[dict[str, Any]]
 def write_lease(run: Store, *, age_s: float, generation: int = 1, pid: int = 42) -> None:
     """A lease that was renewed so long ago, and runs for 10 s at a time."""
     times = {"started": NOW - 100, "renewed": time.time() - age_s, "term_s": 10.0}
-    body = {"holder": f"h{generation}", "host": "head", "pid": pid, "driver": f"d{generation}", **times}
+    process = {"host": "head", "pid": pid, "kernel": None, "pid_started": None, "driver": f"d{generation}"}
+    body = {"generation": generation, "released": False, **process, **times}
     run.write(f"lease/{generation:06d}.json", json.dumps(body).encode())

@@ -23,7 +23,7 @@ def test_records_and_events_are_told_once_in_order_and_history_is_not(tmp_path):
     write_lines(run, 3, "metrics-000000.jsonl", [record(21)])
     later = news.take()
     assert [item["step"] for item in later.records] == [23, 24, 21]
-    assert [(event["event"], event.get("error")) for event in later.events] == [("error", "gone"), ("attempt", None)]
+    assert [(event["event"], event.get("error")) for event in later.events] == [("lost", "gone"), ("attempt", None)]
     assert news.take().records == []
 
 

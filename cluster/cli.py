@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from cluster import bench_commands, dataset_commands, run_commands
+from cluster import bench_commands, dataset_commands, manifest_commands, run_commands
 from cluster.options import CommandError, UsageError
 from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
 from trainer.errors import CheckpointError, RunError, TrainingError
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pretrain": run_commands.pretrain,
     "reconstruct": run_commands.reconstruct,
     "curve": run_commands.curve,
+    "manifests": manifest_commands.manifests,
     "bench": bench_commands.bench,
 }
 

@@ -109,7 +109,7 @@ class RayJob:
         # No worker on the head: it is not a GPU node. The dashboard asks for the token.
         parameters = {"num-cpus": "0", "dashboard-host": "0.0.0.0", "object-store-memory": str(_OBJECT_STORE_BYTES)}
         pod = self._pod(container) | {"affinity": self._affinity(spot=False)}
-        return {"serviceType": "ClusterIP", "rayStartParams": parameters, "template": {"spec": pod}}
+        return {"serviceType": "ClusterIP", "rayStartParams": parameters, "template": self._template(pod)}
 
     def _workers(self) -> dict[str, Any]:
         nodes = self.nodes
@@ -132,8 +132,13 @@ class RayJob:
             "minReplicas": nodes.least,
             "maxReplicas": nodes.most,
             "rayStartParams": {"object-store-memory": str(_OBJECT_STORE_BYTES)},
-            "template": {"spec": pod},
+            "template": self._template(pod),
         }
+
+    def _template(self, pod: dict[str, Any]) -> dict[str, Any]:
+        # AKS gives a pod its service account's identity only if it is asked to.
+        labels = {"azure.workload.identity/use": "true"} if self.cloud == "azure" else {}
+        return {"metadata": {"labels": labels}, "spec": pod} if labels else {"spec": pod}
 
     def _pod(self, container: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -38,7 +38,8 @@ def check_ray_job(job: dict[str, Any]) -> None:
     jsonschema.validate(job, RAY_JOB)
     cluster = job["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        pod = {"apiVersion": "v1", "kind": "Pod"} | copy.deepcopy(group["template"])
+        pod["metadata"] = {"name": "pod"} | pod.get("metadata", {})
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
@@ -80,6 +81,8 @@ def test_the_defaults_of_a_ray_job(manifest: Callable[[list[str]], dict[str, Any
     taints = {(toleration["key"], toleration.get("value")) for toleration in pod["tolerations"]}
     assert taints == {("nvidia.com/gpu", None), ("kubernetes.azure.com/scalesetpriority", "spot")}
     head = spec["rayClusterSpec"]["headGroupSpec"]
+    for template in (group["template"], head["template"]):
+        assert template["metadata"]["labels"] == {"azure.workload.identity/use": "true"}
     assert head["rayStartParams"]["num-cpus"] == "0"
     assert "tolerations" not in head["template"]["spec"]
     assert _terms(pod) == [[("kubernetes.azure.com/scalesetpriority", "In", ["spot"])]]

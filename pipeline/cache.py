@@ -85,7 +85,7 @@ class ShardCache:
             fetch: reads from the store; what it raises comes through, and fewer bytes than asked for come back.
         """
         self._touch()
-        found = memoryview(np.empty(num_bytes, np.uint8))  # a bytearray would be filled with zeros first
+        found = np.empty(num_bytes, np.uint8).data  # a bytearray would be filled with zeros first
         blocks = range(offset // BLOCK_BYTES, (offset + num_bytes - 1) // BLOCK_BYTES + 1)
         missing = [block for block in blocks if not self._read_block(shard, block, offset, found)]
         for first, stop in _runs(missing):

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 4 * 2**20
@@ -72,7 +74,7 @@ class ShardCache:
                 "or leave it out"
             ) from error
 
-    def read(self, shard: int, shard_bytes: int, offset: int, num_bytes: int, fetch: Fetch) -> bytes | bytearray:
+    def read(self, shard: int, shard_bytes: int, offset: int, num_bytes: int, fetch: Fetch) -> bytes | memoryview:
         """Bytes of a shard: from its blocks here, and where one is missing from the store, as whole blocks.
 
         Args:
@@ -83,7 +85,7 @@ class ShardCache:
             fetch: reads from the store; what it raises comes through, and fewer bytes than asked for come back.
         """
         self._touch()
-        found = bytearray(num_bytes)
+        found = np.empty(num_bytes, np.uint8).data  # a bytearray would be filled with zeros first
         blocks = range(offset // BLOCK_BYTES, (offset + num_bytes - 1) // BLOCK_BYTES + 1)
         missing = [block for block in blocks if not self._read_block(shard, block, offset, found)]
         for first, stop in _runs(missing):
@@ -115,7 +117,7 @@ class ShardCache:
     def _path(self, shard: int, block: int) -> Path:
         return self._home / f"{shard:06d}-{block:05d}"
 
-    def _read_block(self, shard: int, block: int, offset: int, found: bytearray) -> bool:
+    def _read_block(self, shard: int, block: int, offset: int, found: memoryview) -> bool:
         """Copy what a block has of `found`, which begins at `offset` of the shard; False if it is not there, whole."""
         begin = block * BLOCK_BYTES
         low, high = max(begin, offset), min(begin + BLOCK_BYTES, offset + len(found))
@@ -124,8 +126,7 @@ class ShardCache:
         except OSError:
             return False
         try:
-            with memoryview(found) as view:
-                whole = os.preadv(file, [view[low - offset : high - offset]], low - begin) == high - low
+            whole = os.preadv(file, [found[low - offset : high - offset]], low - begin) == high - low
         except OSError:
             return False
         finally:
@@ -235,7 +236,7 @@ class ShardCache:
             os.close(file)
 
 
-def _copy(data: memoryview, begin: int, found: bytearray, offset: int) -> None:
+def _copy(data: memoryview, begin: int, found: memoryview, offset: int) -> None:
     """Copy what `data`, which begins at `begin` of the shard, has of `found`, which begins at `offset`."""
     low, high = max(begin, offset), min(begin + len(data), offset + len(found))
     found[low - offset : high - offset] = data[low - begin : high - begin]

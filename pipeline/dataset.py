@@ -156,7 +156,7 @@ class Dataset:
         columns = (column.tolist() for column in (rows.offset, rows.num_bytes, rows.crc32c))
         for offset, num_bytes, crc in zip(*columns, strict=True):
             data, damage = whole[offset - first : offset - first + num_bytes], None
-            if google_crc32c.value(bytes(data)) != crc:
+            if _crc32c(data) != crc:
                 if self.cache is not None:
                     self.cache.drop(shard, offset, num_bytes)
                 again = self._read_range(shard, offset, num_bytes)
@@ -165,7 +165,7 @@ class Dataset:
             found.append((data, damage))
         return found
 
-    def _read_cached(self, shard: int, offset: int, num_bytes: int) -> bytes | bytearray:
+    def _read_cached(self, shard: int, offset: int, num_bytes: int) -> bytes | memoryview:
         shard_bytes = self.manifest.shards[shard].num_bytes
         if self.cache is None or offset + num_bytes > shard_bytes:
             return self._read_range(shard, offset, num_bytes)
@@ -212,6 +212,11 @@ class Dataset:
 
     def _read_index(self, shard: int) -> ShardIndex:
         return read_index(self.store, self.manifest.shards[shard])
+
+
+def _crc32c(data: memoryview) -> int:
+    # The library takes an array's bytes where they lie; a memoryview it does not take, and a copy costs as much again.
+    return int(google_crc32c.value(np.frombuffer(data, np.uint8)))
 
 
 class _IndexCache:

@@ -20,6 +20,7 @@ import nvidia.dali
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -30,8 +31,6 @@ Encoded = bytes | memoryview
 
 # Images that a pipeline takes at a time: fewer pay too often DALI's 0.2 ms a run, and waits for the interpreter's lock.
 MAX_BATCH_SIZE = 32
-# torch spreads a larger flip over threads of its own, beside ours (at::internal::GRAIN_SIZE).
-_FLIP_VALUES = 2**15 - 1
 
 # DALI's own annotations are partial and in places wrong.
 dali: Any = nvidia.dali
@@ -183,7 +182,7 @@ class Decoder:
         self._idle: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         for lane in self._lanes:
             self._idle.put(lane)
-        self._pool = ThreadPoolExecutor(num_lanes, "tarmac-decode")
+        self._pool = ThreadPoolExecutor(num_lanes, "tarmac-decode", _stay_on_this_thread, (ThreadpoolController(),))
         for _ in self._lanes:  # side by side, while the first bytes are read
             self._pool.submit(self._on_a_lane, _Lane.build)
 
@@ -328,14 +327,15 @@ def resize_into(image: npt.NDArray[np.uint8], crop: npt.NDArray[np.uint8], *, fl
     # [1, 3, h, w] in channels_last and so [1, 3, H, W]: torch's fast uint8 kernel neither unpacks nor packs.
     pixels = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
     resized = F.interpolate(pixels, size=image.shape[:2], mode="bicubic", antialias=True)
-    if not flip:
-        # numpy copies on this thread; torch would hand a copy this large to its own threads.
-        np.copyto(image, resized[0].permute(1, 2, 0).numpy())
-        return
-    num_rows = max(_FLIP_VALUES // image[0].size, 1)
-    for top in range(0, len(image), num_rows):
-        flipped = torch.flip(resized[:, :, top : top + num_rows], (3,))
-        np.copyto(image[top : top + num_rows], flipped[0].permute(1, 2, 0).numpy())
+    if flip:
+        resized = torch.flip(resized, (3,))
+    np.copyto(image, resized[0].permute(1, 2, 0).numpy())
+
+
+def _stay_on_this_thread(openmp: ThreadpoolController) -> None:
+    """Let torch's operators start no threads for what this thread asks of them: ours are as many as there are CPUs."""
+    torch.get_num_threads()  # torch's number for this thread is set by now, and does not undo the next line
+    openmp.limit(limits=1, user_api="openmp")
 
 
 def _rows_of(crops: Crops, rows: npt.NDArray[np.int64], crops_per_image: int) -> Crops:

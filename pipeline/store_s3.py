@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -178,7 +179,7 @@ class S3Sink:
 
     def __init__(self, backend: S3Backend, path: str) -> None:
         self.backend, self.path = backend, path
-        self.buffer = bytearray()
+        self.buffer = io.BytesIO()
         self.parts: list[dict[str, Any]] = []
         self.upload: dict[str, str] = {}
         self.threads = ThreadPoolExecutor(1, "tarmac-upload")
@@ -187,10 +188,10 @@ class S3Sink:
     def append(self, data: memoryview) -> None:
         """Upload a part whenever one is full."""
         while data:
-            if len(self.buffer) == PART_BYTES:
+            if self.buffer.tell() == PART_BYTES:
                 self.send_part()
-            room = PART_BYTES - len(self.buffer)
-            self.buffer += data[:room]
+            room = PART_BYTES - self.buffer.tell()
+            self.buffer.write(data[:room])
             data = data[room:]
 
     def send_part(self) -> None:
@@ -201,8 +202,8 @@ class S3Sink:
             answer = self.backend.call("create_multipart_upload", self.path)
             self.upload = {"UploadId": answer["UploadId"]}
         self.finish_part()
-        self.sending = self.threads.submit(self.upload_part, len(self.parts) + 1, bytes(self.buffer))
-        self.buffer.clear()
+        self.sending = self.threads.submit(self.upload_part, len(self.parts) + 1, self.buffer.getvalue())
+        self.buffer = io.BytesIO()  # the old one's bytes are on their way, and were not copied
 
     def upload_part(self, number: int, body: bytes) -> dict[str, Any]:
         """Upload one part; returns what completing the upload wants to know of it."""
@@ -221,9 +222,9 @@ class S3Sink:
         """Upload the rest and complete."""
         if not self.upload:
             self.threads.shutdown()
-            self.backend.write(self.path, bytes(self.buffer))
+            self.backend.write(self.path, self.buffer.getvalue())
             return
-        num_last = len(self.buffer)
+        num_last = self.buffer.tell()
         self.send_part()
         self.finish_part()
         self.threads.shutdown()

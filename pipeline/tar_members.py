@@ -19,6 +19,7 @@ NO_TARGET, SPARSE = -1, -2
 MAX_LABEL_BYTES = 1024
 
 _TAR_BLOCK = 512
+_REGULAR = (b"0", b"\0")
 _MAX_LINKS = 40
 _REASONS = {
     NO_TARGET: (errno.ENOENT, "a link to a file that is not in the tar"),
@@ -73,7 +74,7 @@ def tar_members(store: Store, name: str, block_bytes: int, begin: int = 0) -> It
     num_files = 0
     try:
         with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r:") as tar:
-            while (member := tar.next()) is not None:
+            while (member := _plain_file(tar, stream) or tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # or a million headers stay in memory
                 _add(top, member, _label_text(stream, member))
                 num_files += not member.isdir()
@@ -88,6 +89,36 @@ def tar_members(store: Store, name: str, block_bytes: int, begin: int = 0) -> It
             f"or unpack what it holds into a folder"
         ) from error
     return _walk((top,), "", ())
+
+
+def _plain_file(tar: tarfile.TarFile, stream: RangedFile) -> tarfile.TarInfo | None:
+    """The next member, past which `tar` goes on, if its header says all of it; None leaves it to tarfile.
+
+    Nearly all members of nearly all tars are such, and tarfile, which looks for all that may be there, takes twice as
+    long to list them.
+
+    Source: POSIX.1-1988, ustar interchange format.
+    """
+    if tar.firstmember is not None or tar.pax_headers:  # type: ignore[attr-defined]
+        return None
+    stream.seek(tar.offset - 1)  # as tarfile does, to see whether all of the member before is there
+    header = stream.read(1 + _TAR_BLOCK)[1:]
+    # Other kinds have rules of their own; what is at 345 may be the rest of a name.
+    if len(header) < _TAR_BLOCK or header[156:157] not in _REGULAR or header[345]:
+        return None
+    name, num_bytes, checksum = header[:100].partition(b"\0")[0], _octal(header[124:136]), header[148:156]
+    if num_bytes < 0 or name.endswith(b"/") or sum(header) - sum(checksum) + 8 * ord(" ") != _octal(checksum):
+        return None
+    member = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
+    member.size, member.offset_data = num_bytes, tar.offset + _TAR_BLOCK
+    tar.offset = member.offset_data + num_bytes + -num_bytes % _TAR_BLOCK
+    return member
+
+
+def _octal(field: bytes) -> int:
+    """A number as all tars write it; -1 for other ways, and for what is none."""
+    digits = field.rstrip(b" \0")
+    return int(digits, 8) if digits.isdigit() and max(digits) < ord("8") else -1
 
 
 def _label_text(stream: RangedFile, member: tarfile.TarInfo) -> bytes:

@@ -87,6 +87,7 @@ JPEG, PNG = encoded(PHOTO, "JPEG"), encoded(PHOTO, "PNG")
 BAD = {
     "empty": (b"", "the file is empty"),
     "text": (b"not an image\n", "no JPEG, PNG, WebP"),
+    "html": (b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n", "no JPEG, PNG, WebP"),
     "zeros": (bytes(1000), "no JPEG, PNG, WebP"),
     "half a jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
     "jpeg without its end": (JPEG[:-2], "truncated"),

@@ -1,6 +1,8 @@
 """Pixels against PIL, independence of threads and batches, and recovery from inputs that kill a DALI pipeline."""
 
 import io
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -143,6 +145,23 @@ def test_pixels_do_not_depend_on_threads_or_batches():
 
 def columns(crops: Crops) -> tuple[np.ndarray, ...]:
     return crops.top, crops.left, crops.height, crops.width, crops.flip
+
+
+def test_torch_starts_no_threads_beside_ours():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    decoder = Decoder(AugmentConfig(image_size=(512, 512)), device="cpu", num_threads=1)
+    try:
+        data, whole = [encode(photo(60, 80))] * 8, [(0, 0, 60, 80)] * 8
+        decoder.decode(data, make_crops(whole))
+        num_threads = len(os.listdir("/proc/self/task"))
+        decoder.decode(data, make_crops(whole, flip=True))  # so large that torch would share it out
+        assert len(os.listdir("/proc/self/task")) == num_threads
+        with ThreadPoolExecutor(1) as another:  # the model's threads are as many as before
+            assert torch.get_num_threads() == another.submit(torch.get_num_threads).result() == 2
+    finally:
+        decoder.close()
+        torch.set_num_threads(before)
 
 
 def test_no_images(decoder):

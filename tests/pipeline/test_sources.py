@@ -17,6 +17,7 @@ from pipeline.errors import SourceError
 from pipeline.listing import Listing, sample_keys
 from pipeline.sources import FolderSource, TarSource, open_source
 from pipeline.store import Store
+from pipeline.tar_members import tar_members
 
 
 def touch(root: Path, *paths: str) -> Path:
@@ -147,6 +148,51 @@ def test_members_are_read_at_their_offsets(tmp_path: Path) -> None:
     listing = source.scan()
     assert listing.classes is None
     assert {ref.path: source.read(ref) for ref in listing.refs} == contents
+
+
+def odd_header(name: bytes, size: bytes, kind: bytes = b"0", signed: bool = False, prefix: bytes = b"") -> bytes:
+    """A header that other programs may write."""
+    header = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
+    header[:100], header[124:136], header[156:157] = name.ljust(100, b"\0"), size, kind
+    header[345:500] = prefix.ljust(155, b"\0")
+    header[148:156] = b" " * 8
+    checksum = sum(byte - 256 if signed and byte > 127 else byte for byte in header)
+    header[148:156] = b"%06o\0 " % checksum
+    return bytes(header)
+
+
+def test_headers_as_few_programs_write_them_are_read_as_tarfile_reads_them(tmp_path: Path) -> None:
+    size, content = b"00000000003\0", b"abc".ljust(512, b"\0")
+    members = [
+        odd_header(b"plain.jpg", size) + content,
+        odd_header(b"a number with spaces.jpg", b"         3 \0") + content,
+        odd_header(b"a short number.jpg", b"3\0".ljust(12, b"\0")) + content,
+        odd_header(b"a binary number.jpg", b"\x80" + bytes(10) + b"\3") + content,
+        odd_header("bytes with signs ä.jpg".encode(), size, signed=True) + content,
+        odd_header("bytes without ä.jpg".encode(), size) + content,
+        odd_header(b"not UTF-8 \xff.jpg", size) + content,
+        odd_header(b"before POSIX.jpg", size, kind=b"\0") + content,
+        odd_header(b"contiguous.jpg", size, kind=b"7") + content,
+        odd_header(b"a folder before POSIX/", b"00000000000\0", kind=b"\0"),
+        odd_header(b"the second half.jpg", size, prefix=b"the first half") + content,
+        odd_header(b"n" * 96 + b".jpg", size) + content,
+        odd_header(b"empty.jpg", b"00000000000\0"),
+        odd_header(b"last.jpg", size) + content,
+    ]
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"".join(members) + bytes(1024))
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.size, m.offset_data) for m in tar.getmembers() if m.isfile()]
+    assert len(expected) == len(members) - 1
+    found = list(tar_members(Store(str(tmp_path)), "x.tar", 2**16))
+    assert sorted((file.path, file.num_bytes, file.offset) for file in found) == sorted(expected)
+
+
+def test_a_size_that_is_no_number_is_an_error(tmp_path: Path) -> None:
+    first = odd_header(b"a.jpg", b"00000000003\0") + b"abc".ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(first + odd_header(b"b.jpg", b"00000000009\0") + bytes(2048))
+    with pytest.raises(SourceError, match="after 1 files"):
+        TarSource(str(tmp_path / "x.tar")).scan()
 
 
 def test_a_tar_keeps_what_unpacking_it_would(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from cluster.lease import Lease
 from cluster.node_agent import NodeAgents
 from cluster.nodes import Nodes
 from cluster.relay import News, start_relay
+from cluster.run_metrics import RunMetrics
 from cluster.stops import Stops
 from cluster.watch import Watch
 from pipeline.errors import StoreError
@@ -82,8 +83,9 @@ class Driver:
     ) -> None:
         self._job, self._run, self._lease, self._stops, self._local = job, run, lease, stops, local
         self._on_news = on_news
-        self._relay = start_relay()
-        self._agents, self._nodes = NodeAgents(self._relay), Nodes(job)
+        name = f"tarmac-{lease.record.driver}"
+        self._relay = start_relay(name)
+        self._agents, self._nodes, self._metrics = NodeAgents(name), Nodes(job), RunMetrics(str(run))
         self._here: str = ray.get_runtime_context().get_node_id()
         self._number = next_attempt(run) - 1
         self._failures = Failures(job.max_attempts_without_progress, newest_step(run) or 0)
@@ -111,7 +113,7 @@ class Driver:
                 self._tell("ended", outcome="lost")
                 raise
             finally:
-                self._on_news(self._news())
+                self._hear()
                 self._log.close()
         self._stops.done()
         return outcome.reason
@@ -152,7 +154,7 @@ class Driver:
                 told = now
                 need, have = self._nodes.amounts()
                 self._tell("waiting", need=need, have=have)
-            self._on_news(self._news())
+            self._hear()
             self._check_lease()
             time.sleep(_POLL_S)
         self._tell("stopping", signal=self._stops.asked_by)
@@ -164,8 +166,7 @@ class Driver:
             fit.join(_POLL_S)
             running = fit.is_alive()
             self._look()
-            news = self._news()
-            self._on_news(news)
+            news = self._hear()
             if not running:
                 return news
             if self._lease.lost_to is not None:
@@ -215,13 +216,15 @@ class Driver:
         # An agent keeps its node from being idle, and a node that is being drained ends once it is.
         self._agents.refresh(without=self._nodes.leaving.keys() - self._used)
 
-    def _news(self) -> News:
-        """What the workers and this driver told since the last call."""
+    def _hear(self) -> News:
+        """What the workers and this driver told since the last call; passed on to whoever looks on."""
         news: News = ray.get(self._relay.take.remote())
         self._nodes.note_notices(news.notices)
         self._used = {pulse.node for pulse in news.pulses}
         news.events += self._told
         self._told = []
+        self._metrics.take(news)
+        self._on_news(news)
         return news
 
     def _tell(self, kind: str, **fields: Any) -> None:

@@ -27,7 +27,7 @@ _DETECT_AGAIN_S = 20.0
 class NodeAgent:
     """Lives on one node; made an actor by `NodeAgents`."""
 
-    def __init__(self, relay: Any) -> None:
+    def __init__(self, relay: str | None) -> None:
         self._relay = relay
         self._node = ray.get_runtime_context().get_node_id()
         threading.Thread(target=self._watch, daemon=True, name="cloud-notices").start()
@@ -63,7 +63,7 @@ class NodeAgent:
             time.sleep(retry_s)
         if self._relay is not None:
             told = {"node": self._node, "source": notice.source, "deadline": notice.deadline}
-            self._relay.note_notice.remote(told)
+            ray.get_actor(self._relay).note_notice.remote(told)
 
 
 def _find_cloud() -> NoticeSource | None:

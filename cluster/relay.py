@@ -110,7 +110,11 @@ class Relay:
         return wish
 
 
-def start_relay() -> Any:
-    """A Relay actor on the driver's node, which takes no CPU from the workers."""
+def start_relay(name: str) -> Any:
+    """A Relay actor on the driver's node, which takes no CPU from the workers.
+
+    Args:
+        name: by which other actors of this driver find it.
+    """
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(Relay).options(num_cpus=0, label_selector=here).remote()
+    return ray.remote(Relay).options(name=name, num_cpus=0, label_selector=here).remote()

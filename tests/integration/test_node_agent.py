@@ -33,6 +33,9 @@ while True:
 """
 
 
+RELAY = "relay"
+
+
 def start_relay(node: str) -> Any:
     """Stands where the driver's relay does."""
 
@@ -46,7 +49,7 @@ def start_relay(node: str) -> Any:
         def noted(self) -> list[dict[str, Any]]:
             return self.notices
 
-    return ray.remote(Notices).options(num_cpus=0, label_selector={"ray.io/node-id": node}).remote()
+    return ray.remote(Notices).options(name=RELAY, num_cpus=0, label_selector={"ray.io/node-id": node}).remote()
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def test_agents_end_with_a_driver_that_is_killed(cluster: Cluster) -> None:
 def test_a_notice_drains_its_node_and_reaches_the_relay(cluster: Cluster, metadata: MetadataServer) -> None:
     spot = spot_node(cluster)
     relay = start_relay(cluster.head_node.node_id)
-    agents = NodeAgents(relay)
+    agents = NodeAgents(RELAY)
     agents.refresh()
     wait_for(lambda: len(agent_pids(cluster)) == 2)
 

@@ -12,7 +12,15 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from cluster import bench_commands, dataset_commands, manifest_commands, run_commands
+from cluster import (
+    bench_commands,
+    dataset_commands,
+    job_commands,
+    manifest_commands,
+    report,
+    run_commands,
+    submit_command,
+)
 from cluster.log_setup import set_up_logging, without_secrets
 from cluster.options import CommandError, UsageError
 from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
@@ -28,8 +36,14 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": dataset_commands.verify,
     "inspect": dataset_commands.inspect,
     "pretrain": run_commands.pretrain,
+    "submit": submit_command.submit,
+    "status": job_commands.status,
+    "runs": job_commands.runs,
+    "logs": job_commands.logs,
+    "stop": job_commands.stop,
     "reconstruct": run_commands.reconstruct,
     "curve": run_commands.curve,
+    "report": report.report,
     "manifests": manifest_commands.manifests,
     "bench": bench_commands.bench,
 }

@@ -39,8 +39,13 @@ def check_at_least(options: Any, **bounds: int) -> None:
 
 def check_png(name: str, path: Path) -> None:
     """Before the work, not after it: whether a picture can be written there."""
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--{name} ({path}) must be the name of a .png file")
+    check_file(name, path, ".png")
+
+
+def check_file(name: str, path: Path, suffix: str) -> None:
+    """Before the work, not after it: whether a file of this kind can be written there."""
+    if path.suffix.lower() != suffix:
+        raise UsageError(f"--{name} ({path}) must be the name of a {suffix} file")
     if not path.resolve().parent.is_dir():
         raise UsageError(f"--{name} ({path}) must be in a folder that exists; make {path.resolve().parent}")
 
@@ -60,3 +65,15 @@ def report(numbers: dict[str, Any], as_json: bool) -> None:
     for name, value in numbers.items():
         table.add_row(f"[dim]{name}[/dim]", f"{value:,}" if isinstance(value, int) else str(value))
     Console().print(table, highlight=False)
+
+
+def amounts(resources: dict[str, float]) -> str:
+    """`2 CPU` or `2 CPU and 2 GPU`."""
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items() if amount or kind == "CPU")
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

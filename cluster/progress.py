@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from cluster.options import amounts, duration
 from cluster.relay import News
 
 _PLAIN_EVERY_S = 10.0
@@ -67,10 +68,14 @@ class RunProgress:
             self._show_attempt(event)
         elif kind == "damage":
             self._say(f"checkpoint damaged, walked past: {escape(event['path'])}: {escape(event['reason'])}", "yellow")
-        elif kind == "error":
-            self._say(f"a worker failed: {_first_line(event['error'])}", "yellow")
+        elif kind == "lost":
+            self._say(f"workers were lost: {_first_line(event['error'])}", "yellow")
+        elif kind == "notice":
+            self._say(_notice(event), "yellow")
+        elif kind == "ended" and event["outcome"] == "resized":
+            self._say("there is room for more workers: saved, and starting again with them", "green")
         elif kind == "waiting":
-            need, have = (_amounts(event[side]) for side in ("need", "have"))
+            need, have = (amounts(event[side]) for side in ("need", "have"))
             self._say(f"waiting for workers: they need {need}; the cluster has {have} in all", "yellow")
         elif kind == "stopping":
             self._say(f"{event['signal']}: saving a checkpoint, then stopping; once more to stop at once", "yellow")
@@ -100,7 +105,7 @@ class RunProgress:
             "lr": f"{float(record['lr']):.2e}",
             "images/s": f"{float(record['images_per_s']):.0f}",
             "data wait": f"{waiting:.0%}",
-            "left": _duration(left_s),
+            "left": duration(left_s),
         }
         return Text.from_markup("  ".join(f"[dim]{name}[/dim] {value}" for name, value in cells.items()))
 
@@ -110,13 +115,7 @@ def _first_line(error: str) -> str:
     return escape(line if len(line) <= _ERROR_CHARS else f"{line[:_ERROR_CHARS]} ...")
 
 
-def _amounts(resources: dict[str, float]) -> str:
-    """`2 CPU` or `2 CPU and 2 GPU`."""
-    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items() if amount or kind == "CPU")
-
-
-def _duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _notice(event: dict[str, Any]) -> str:
+    left = "" if event["deadline"] is None else f" in {max(0, event['deadline'] - time.time()):.0f} s"
+    doing = {"move": "saving a checkpoint, and going on without it", "save": "saving a checkpoint, and going on"}
+    return f"node {event['node'][:8]} will be taken away{left} ({event['source']}): {doing[event['action']]}"

@@ -61,15 +61,17 @@ def test_no_secret_is_in_what_a_run_writes(photos: list[Path], secrets: dict[str
             shard = next(entry.path for entry in store.list("data") if entry.path.endswith(".tar"))
             store.write(shard, bytes(store.size(shard)))
         words = ["--data", f"s3://{root}/data", "--run", f"s3://{root}/{name}"]
-        done = subprocess.run(
-            [sys.executable, "-m", "cluster.cli", "-v", "pretrain", "demo", *TINY, *words],
-            env={**os.environ, "RAY_TMPDIR": str(ray_folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout.decode()[-3000:]
-        texts[f"console of {name}"] = done.stdout
+        with open(tmp_path / name, "wb") as console:
+            done = subprocess.run(
+                [sys.executable, "-m", "cluster.cli", "-v", "pretrain", "demo", *TINY, *words],
+                env={**os.environ, "RAY_TMPDIR": str(ray_folder)},
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=240,
+            )
+        texts[f"console of {name}"] = (tmp_path / name).read_bytes()
+        assert done.returncode == code, texts[f"console of {name}"].decode()[-3000:]
     assert b"Traceback" in texts["console of damaged"]
     texts |= {entry.path: store.read(entry.path) for entry in store.list() if not entry.path.startswith("data/")}
     assert {"good/run.json", "damaged/run.json"} <= texts.keys()

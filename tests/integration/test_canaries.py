@@ -50,7 +50,9 @@ def ray_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_no_secret_is_in_what_a_run_writes(photos: list[Path], secrets: dict[str, str], ray_folder: Path) -> None:
+def test_no_secret_is_in_what_a_run_writes(
+    photos: list[Path], secrets: dict[str, str], ray_folder: Path, tmp_path: Path
+) -> None:
     """A run that finishes, and one whose dataset is damaged, so that tracebacks are written; both with -v."""
     root = f"{BUCKET}/{uuid4().hex}"
     store = Store(f"s3://{root}")

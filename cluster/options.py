@@ -11,6 +11,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from cluster.log_setup import without_secrets
+
 Options = TypeVar("Options")
 
 
@@ -51,12 +53,13 @@ def check_file(name: str, path: Path, suffix: str) -> None:
 
 
 def say(console: Console, message: str) -> None:
-    """A line as it is: not wrapped, so that paths and URLs stay whole."""
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+    """A line as it is: not wrapped, so that paths and URLs stay whole, but for secrets in URLs."""
+    console.print(without_secrets(message), highlight=False, markup=False, soft_wrap=True)
 
 
 def report(numbers: dict[str, Any], as_json: bool) -> None:
-    """Print named numbers, as JSON or as a table."""
+    """Print named numbers, as JSON or as a table; URLs without secrets."""
+    numbers = {name: without_secrets(value) if isinstance(value, str) else value for name, value in numbers.items()}
     if as_json:
         json.dump(numbers, sys.stdout, indent=2)
         sys.stdout.write("\n")

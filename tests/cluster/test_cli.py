@@ -94,7 +94,8 @@ def test_bench_refuses_what_it_does_not_know(capsys, tmp_path):
 def test_help_names_every_command_and_every_command_shows_an_example(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("shard", "verify", "inspect", "pretrain", "reconstruct", "curve", "bench"):
+    commands = ("shard", "verify", "inspect", "pretrain", "submit", "status", "runs", "logs", "stop")
+    for command in (*commands, "reconstruct", "curve", "bench"):
         assert command in overview
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

@@ -65,8 +65,9 @@ def open_ray(*, num_cpus: int, num_gpus: float = 0.0) -> Iterator[bool]:
 def check_address(address: str) -> None:
     """Refuse a cluster off this machine that is used, or can be used, without a token.
 
-    Turns Ray's token authentication on for this process if RAY_AUTH_MODE is not set and there is a token. A cluster
-    at a loopback address needs none.
+    Turns Ray's token authentication on for this process if RAY_AUTH_MODE is not set, there is a token, and the cluster
+    asks for one: between a process that does and a cluster that does not, actors are lost without a word. A cluster at
+    a loopback address needs none.
 
     Args:
         address: as `ray.init` or Ray's job client takes it: host:port, ray://, http://, https://, auto or local.
@@ -75,10 +76,11 @@ def check_address(address: str) -> None:
         UsageError: authentication is off, there is no token, or the cluster takes calls without one.
     """
     reload_auth()
-    if os.environ.get("RAY_AUTH_MODE") is None and _has_token():
+    address = _found(address)
+    open_to_all = _takes_anyone(address)
+    if os.environ.get("RAY_AUTH_MODE") is None and _has_token() and not open_to_all:
         os.environ["RAY_AUTH_MODE"] = "token"
         reload_auth()
-    address = _found(address)
     if _is_loopback(address):
         return
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
@@ -93,7 +95,7 @@ def check_address(address: str) -> None:
             "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to it. A cluster without one is refused: start it with "
             "RAY_AUTH_MODE=token and a token from `ray get-auth-token --generate`"
         )
-    if _takes_anyone(address):
+    if open_to_all:
         raise UsageError(
             f"the Ray cluster at {address} runs with token authentication off: whoever reaches its ports runs code on "
             "it; start it again with RAY_AUTH_MODE=token and the token in RAY_AUTH_TOKEN on every node"

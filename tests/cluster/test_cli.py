@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.cli import main
+from cluster.cli import COMMANDS, main
 from cluster.config import JobConfig
 from cluster.run_commands import PretrainOptions, job_of
 from pipeline import Loader, open_dataset
@@ -94,7 +94,7 @@ def test_bench_refuses_what_it_does_not_know(capsys, tmp_path):
 def test_help_names_every_command_and_every_command_shows_an_example(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("shard", "verify", "inspect", "pretrain", "reconstruct", "curve", "report", "bench"):
+    for command in COMMANDS:
         assert command in overview
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])

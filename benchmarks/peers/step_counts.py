@@ -35,10 +35,9 @@ def counts(forward: Callable[[], Tensor], model: nn.Module, batch_size: int) -> 
         batch_size: images that it takes.
     """
     kept: dict[int, int] = {}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
 
     def keep(tensor: Tensor) -> Tensor:
-        # FSDP gives a block its weights while the block runs: they are looked up each time.
-        weights = {weight.untyped_storage().data_ptr() for weight in _plain(model)}
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
@@ -49,11 +48,6 @@ def counts(forward: Callable[[], Tensor], model: nn.Module, batch_size: int) -> 
             loss = forward()  # held, so that no memory is used twice
         loss.backward()  # type: ignore[no-untyped-call]
     return {"flops_per_image": counter.get_total_flops() / batch_size, "saved_bytes": sum(kept.values())}
-
-
-def _plain(model: nn.Module) -> list[Tensor]:
-    tensors = [*model.parameters(), *model.buffers()]
-    return [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]
 
 
 class _Products(TorchDispatchMode):

@@ -10,7 +10,7 @@ MARKS := not gpu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast lint types imports check bench bench-pipeline verify-resume vit-h clean
+.PHONY: help setup demo test test-fast lint types imports check bench bench-pipeline bench-step verify-resume vit-h clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,10 +55,10 @@ imports: setup ## import-linter: who may import whom
 
 check: lint types imports ## lint, types and imports
 
-# mosaicml-streaming asks for older numpy and transformers than ours, and runs with ours: it comes without its
-# dependencies. Where it cannot be had, its row of the table says so.
+# What asks for older packages than ours, and runs with ours, comes without its dependencies. Where it cannot be had,
+# its row of the table says so.
 $(VENV)/peers.stamp: benchmarks/peers/no-deps.txt $(VENV)/setup.stamp
-	@$(PIP) install --no-deps --requirement benchmarks/peers/no-deps.txt || echo "mosaicml-streaming is not installed"
+	@$(PIP) install --no-deps --requirement benchmarks/peers/no-deps.txt || echo "not all peers are installed"
 	@touch $@
 
 bench: setup $(VENV)/peers.stamp ## every benchmark here; results go to build/bench
@@ -67,6 +67,9 @@ bench: setup $(VENV)/peers.stamp ## every benchmark here; results go to build/be
 
 bench-pipeline: setup $(VENV)/peers.stamp ## the loader against seven others and the limit; SOURCE=/path uses your photographs
 	@$(BIN)/python -m benchmarks.pipeline $(if $(SOURCE),--source "$(SOURCE)")
+
+bench-step: setup $(VENV)/peers.stamp ## the training step against three others and the limit of matrix products; 25 minutes
+	@$(BIN)/python -m benchmarks.step
 
 verify-resume: setup ## two runs, one killed twice: are the final weights the same bits?
 	@$(BIN)/python -m tests.chaos.verify_resume

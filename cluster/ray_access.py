@@ -77,6 +77,8 @@ def check_address(address: str) -> None:
     """
     reload_auth()
     address = _found(address)
+    if address == "local":
+        return
     open_to_all = _takes_anyone(address)
     if os.environ.get("RAY_AUTH_MODE") is None and _has_token() and not open_to_all:
         os.environ["RAY_AUTH_MODE"] = "token"

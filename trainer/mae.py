@@ -20,7 +20,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.config import AugmentConfig
 from trainer.config import ModelConfig, TrainConfig, num_predicted_patches
-from trainer.vit import NORM_EPS, Block, CrossBlock, PatchEmbed, patchify, position_embedding, unpatchify
+from trainer.vit import (
+    Block,
+    CrossBlock,
+    LayerNorm,
+    Linear,
+    PatchEmbed,
+    patchify,
+    position_embedding,
+    unpatchify,
+)
 
 
 class MAE(nn.Module):
@@ -49,7 +58,7 @@ class MAE(nn.Module):
         # Buffers, not frozen parameters: nothing to shard, gather or give to the optimizer.
         self.register_buffer("pos_embed", position_embedding(width, *self.grid))
         self.blocks = nn.ModuleList(Block(width, model.num_heads, model.mlp_ratio) for _ in range(model.depth))
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = LayerNorm(width)
 
         # In the encoder or in the decoder, wherever removed patches come in.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width if self.masking_in_encoder else decoder_width))
@@ -60,10 +69,10 @@ class MAE(nn.Module):
             cross = (CrossBlock(decoder_width, width, heads, model.mlp_ratio) for _ in decoder_depth)
             self.decoder_blocks = nn.ModuleList(cross)
         else:
-            self.decoder_embed = nn.Linear(width, decoder_width)
+            self.decoder_embed = Linear(width, decoder_width)
             self.decoder_blocks = nn.ModuleList(Block(decoder_width, heads, model.mlp_ratio) for _ in decoder_depth)
-        self.decoder_norm = nn.LayerNorm(decoder_width, eps=NORM_EPS)
-        self.decoder_pred = nn.Linear(decoder_width, 3 * self.patch_size**2)
+        self.decoder_norm = LayerNorm(decoder_width)
+        self.decoder_pred = Linear(decoder_width, 3 * self.patch_size**2)
 
     def forward(
         self,
@@ -148,9 +157,10 @@ class MAE(nn.Module):
         """
         tokens = self.patch_embed(patches)
         positions = self.pos_embed.to(tokens.dtype)
-        parts = [(self.cls_token + positions[:, :1]).expand(len(tokens), -1, -1), tokens + positions[0, 1:][kept_ids]]
+        class_token = self.cls_token.to(tokens.dtype) + positions[:, :1]
+        parts = [class_token.expand(len(tokens), -1, -1), tokens + positions[0, 1:][kept_ids]]
         if self.masking_in_encoder:
-            parts.append(self.mask_token + positions[0, 1:][masked_ids])
+            parts.append(self.mask_token.to(tokens.dtype) + positions[0, 1:][masked_ids])
         tokens = torch.cat(parts, dim=1)
         features = [tokens]
         for block in self.blocks:
@@ -169,7 +179,7 @@ class MAE(nn.Module):
         else:
             class_token = embedded[:, :1] + positions[:, :1]
             visible = embedded[:, 1:] + positions[0, 1:][kept_ids]
-            removed = self.mask_token + positions[0, 1:][masked_ids]  # [B, M, decoder D]
+            removed = self.mask_token.to(embedded.dtype) + positions[0, 1:][masked_ids]  # [B, M, decoder D]
             tokens = torch.cat([class_token, visible, removed], dim=1)
         *earlier, last = self.decoder_blocks
         for block in earlier:
@@ -181,8 +191,9 @@ class MAE(nn.Module):
     def _decode_cross(self, features: list[Tensor], masked_ids: Tensor) -> Tensor:
         """The encoder's tokens at all depths, each [B, T, D] -> predictions [B, M, P] of removed patches."""
         stacked = torch.stack(features)  # [1 + depth, B, T, D]
-        contexts = (self.feature_weights @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
-        tokens = self.mask_token + self.decoder_pos_embed.to(stacked.dtype)[0, 1:][masked_ids]  # [B, M, decoder D]
+        contexts = (self.feature_weights.to(stacked.dtype) @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
+        positions = self.decoder_pos_embed.to(stacked.dtype)
+        tokens = self.mask_token.to(stacked.dtype) + positions[0, 1:][masked_ids]  # [B, M, decoder D]
         for block, context in zip(self.decoder_blocks, contexts, strict=True):
             tokens = block(tokens, context)
         predicted: Tensor = self.decoder_pred(self.decoder_norm(tokens))

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -45,8 +45,8 @@ def build_sharded(config: TrainConfig, device: torch.device, mesh: DeviceMesh) -
     return model
 
 
-def shard_model(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> None:
-    """Shard `model` over `mesh` in place with FSDP2: every block on its own, the rest with the root.
+def shard_model(model: MAE, config: ParallelConfig, mesh: DeviceMesh) -> None:
+    """Shard `model` over `mesh` in place with FSDP2: every block on its own, the rest with the root; alone, not at all.
 
     Weights and gradients are kept and reduced in fp32; `bf16` is the precision of forward and backward. A mesh of two
     dimensions shards over the second and keeps copies over the first (HSDP).
@@ -57,11 +57,18 @@ def shard_model(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> N
         mesh: from `parallel.process_mesh`.
     """
     policy = _policy(config, cast_inputs=True)
+    # A rank alone has nothing to gather or reduce: FSDP would only copy all weights twice and all gradients once. Its
+    # layers cast their weights themselves, to what the patch embedding begins with.
+    alone = mesh.size() == 1
     for name in ("blocks", "decoder_blocks"):
         for block in model.get_submodule(name).children():
             # The innermost first: what is compiled includes what is computed again, and neither FSDP's hooks.
             block.forward = _compiled(_recomputed(block.forward, config), config)
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+            if not alone:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+    if alone:
+        model.patch_embed.compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        return
     # The root is handed images, of which the loss's targets are made: those stay in fp32.
     fully_shard(model, mesh=mesh, mp_policy=_policy(config, cast_inputs=False))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -86,7 +86,8 @@ def update(
     while not last:
         batch = _next_batch(batches, numbers, step, device)
         last = batch.micro_step == batch.num_micro_steps - 1
-        cast(FSDPModule, model).set_requires_gradient_sync(last)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
         losses = _forward(config, model, batch)
         (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
         numbers.add(losses, batch.sample_ids)

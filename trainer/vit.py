@@ -55,8 +55,31 @@ def unpatchify(patches: Shaped[Tensor, "B N P"], patch_size: int, rows: int) -> 
     return images.reshape(batch, -1, rows * patch_size, columns * patch_size)
 
 
+class Linear(nn.Linear):
+    """A linear layer that computes in the precision of what it is given, whatever its weights are kept in."""
+
+    def forward(self, tokens: Float[Tensor, "*B D"]) -> Float[Tensor, "*B E"]:
+        """Transform tokens."""
+        return F.linear(tokens, self.weight.to(tokens.dtype), self.bias.to(tokens.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm of MAE's epsilon, likewise in the precision of what it is given."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, tokens: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Normalise tokens."""
+        weight, bias = self.weight.to(tokens.dtype), self.bias.to(tokens.dtype)
+        return F.layer_norm(tokens, self.normalized_shape, weight, bias, self.eps)
+
+
 class PatchEmbed(nn.Module):
     """A linear projection of patches. It holds a convolution's weight, and embeds only the patches it is given."""
+
+    compute_dtype: torch.dtype | None = None
+    """Precision of the tokens that come out, and so of all that is made of them; None is that of the weight."""
 
     def __init__(self, patch_size: int, embed_dim: int, num_channels: int = 3) -> None:
         super().__init__()
@@ -64,8 +87,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Float[Tensor, "B K P"]) -> Float[Tensor, "B K D"]:
         """Embed patches that `patchify` cut."""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, C, p, p] -> [D, P] in patchify's order
-        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
+        assert self.proj.bias is not None
+        dtype = self.compute_dtype or self.proj.weight.dtype
+        weight = self.proj.weight.to(dtype).permute(0, 2, 3, 1).flatten(1)  # [D, C, p, p] -> [D, P], patchify's order
+        return F.linear(patches.to(dtype), weight, self.proj.bias.to(dtype))
 
 
 class Attention(nn.Module):
@@ -74,8 +99,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, tokens: Float[Tensor, "B T D"], num_queries: int | None = None) -> Float[Tensor, "B Q D"]:
         """Attend from the last `num_queries` tokens (None: from all) to all tokens."""
@@ -83,7 +108,7 @@ class Attention(nn.Module):
             query, key, value = self.qkv(tokens).chunk(3, dim=-1)
         else:
             dim = tokens.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
+            weight, bias = self.qkv.weight.to(tokens.dtype), self.qkv.bias.to(tokens.dtype)
             query = F.linear(tokens[:, -num_queries:], weight[:dim], bias[:dim])
             key, value = F.linear(tokens, weight[dim:], bias[dim:]).chunk(2, dim=-1)
         projected: Tensor = self.proj(_attend(query, key, value, self.num_heads))
@@ -96,9 +121,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(context_dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(context_dim, 2 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, tokens: Float[Tensor, "B Q D"], context: Float[Tensor, "B T E"]) -> Float[Tensor, "B Q D"]:
         """Attend from each token to all of `context`."""
@@ -114,9 +139,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor
     )  # [B, heads, T, D/heads]
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # PyTorch's kernel for this case takes two to six times as long as its parts, and is no more exact.
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        found: Tensor = scores.softmax(dim=-1) @ value
-        return found.transpose(1, 2).flatten(2)
+        scores: Tensor = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+        return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
@@ -125,8 +149,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Transform each token on its own."""
@@ -139,9 +163,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, tokens: Float[Tensor, "B T D"], num_queries: int | None = None) -> Float[Tensor, "B Q D"]:
@@ -166,10 +190,10 @@ class CrossBlock(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.norm_context = nn.LayerNorm(context_dim, eps=NORM_EPS)
+        self.norm1 = LayerNorm(dim)
+        self.norm_context = LayerNorm(context_dim)
         self.attn = CrossAttention(dim, context_dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, tokens: Float[Tensor, "B Q D"], context: Float[Tensor, "B T E"]) -> Float[Tensor, "B Q D"]:

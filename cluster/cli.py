@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from cluster import bench_commands, dataset_commands, run_commands
+from cluster import bench_commands, dataset_commands, evaluate_commands, run_commands
 from cluster.options import CommandError, UsageError
 from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
 from trainer.errors import CheckpointError, RunError, TrainingError
@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": dataset_commands.verify,
     "inspect": dataset_commands.inspect,
     "pretrain": run_commands.pretrain,
+    "evaluate": evaluate_commands.evaluate,
     "reconstruct": run_commands.reconstruct,
     "curve": run_commands.curve,
     "bench": bench_commands.bench,

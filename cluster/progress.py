@@ -69,6 +69,9 @@ class RunProgress:
             self._say(f"checkpoint damaged, walked past: {escape(event['path'])}: {escape(event['reason'])}", "yellow")
         elif kind == "error":
             self._say(f"a worker failed: {_first_line(event['error'])}", "yellow")
+        elif kind == "validation":
+            scores = ", ".join(f"top-{k} {event[f'val_top{k}']:.2%}" for k in (1, 5))
+            self._say(f"epoch {event['epoch']:.2f}: {scores} of {event['val_num_samples']:,} images", "green")
         elif kind == "waiting":
             need, have = (_amounts(event[side]) for side in ("need", "have"))
             self._say(f"waiting for workers: they need {need}; the cluster has {have} in all", "yellow")

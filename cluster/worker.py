@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from functools import partial
 from typing import Any
@@ -12,8 +11,9 @@ import ray.train
 import ray.train.torch
 import torch
 
-from cluster.config import JobConfig
-from pipeline import Loader, open_dataset
+from cluster.config import EvaluateJob, JobConfig
+from cluster.tasks import Place, evaluation, pretraining
+from pipeline import open_dataset
 from pipeline.errors import ManifestError, ShardError, StoreError
 from pipeline.store import Store
 from trainer import parallel
@@ -41,7 +41,7 @@ def train_worker(payload: dict[str, Any]) -> str:
         The StopReason's value, or REFUSED; the same on all ranks.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    job: JobConfig = from_dict(JobConfig, payload["job"])
+    job: JobConfig = from_dict(EvaluateJob if "source" in payload["job"] else JobConfig, payload["job"])
     relay = payload["relay"]
     try:
         return _train_rank(job, relay)
@@ -68,13 +68,15 @@ def _train_rank(job: JobConfig, relay: Any) -> str:
     step = commit.step if commit else 0
     begin = partial(_begin_attempt, run, relay, damage, world_size=world_size, step=step)
     attempt = parallel.from_rank_zero(begin)
-    data = job.train.data
-    if data.num_decode_threads is None:
-        data = dataclasses.replace(data, num_decode_threads=num_threads)
-    with Loader(dataset, data, dp_rank=rank, dp_world_size=world_size, start_step=step, device=device) as loader:
+    place = Place(rank, world_size, num_threads, device)
+    if isinstance(job, EvaluateJob):
+        opened = evaluation(job, dataset, place, commit, announce=relay.announce.remote)
+    else:
+        opened = pretraining(job, dataset, place, commit)
+    with opened as task:
         reason = train(
             job.train,
-            loader,
+            task.batches,
             run=run,
             num_samples=dataset.num_samples,
             attempt=attempt,
@@ -82,6 +84,8 @@ def _train_rank(job: JobConfig, relay: Any) -> str:
             resume_from=commit,
             should_stop=lambda: rank == 0 and ray.get(relay.stop_requested.remote()),
             on_metrics=relay.push.remote,
+            build=task.build,
+            validation=task.validation,
         )
     return reason.value
 

@@ -9,29 +9,42 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pipeline.errors import StoreError
 from pipeline.store import Store
 from trainer import checkpoint, parallel
 from trainer.checkpoint import Commit
 from trainer.checkpoint_saver import CheckpointSaver
-from trainer.config import TrainConfig, num_steps
+from trainer.config import LoopConfig, num_steps
 from trainer.errors import TrainingError
 from trainer.metrics import RunLog, SilentLog, StepRecord, attempt_directory
 from trainer.optim import learning_rate
 from trainer.step_numbers import StepNumbers, StepRead
-from trainer.update import build, update
+from trainer.update import Trainee, update
+from trainer.update import build as build_mae_trainee
 
 if TYPE_CHECKING:
-    from pipeline.loader import Batch
     from pipeline.reader import Quarantined
 
 __all__ = ["StopReason", "TrainingError", "train"]
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Validation(Protocol):
+    """Looks at the model between two steps, now and then, at the same ones on every rank."""
+
+    def due(self, step: int) -> bool:
+        """Whether it looks when `step` updates are complete."""
+
+    def run(self, model: nn.Module, step: int, log: RunLog) -> None:
+        """Look, and tell `log`. A collective; before the checkpoint of `step`, which so never comes without it."""
 
 
 class StopReason(enum.Enum):
@@ -44,8 +57,8 @@ class StopReason(enum.Enum):
 
 
 def train(
-    config: TrainConfig,
-    loader: Iterable[Batch],
+    config: LoopConfig,
+    loader: Iterable[Any],
     *,
     run: Store,
     num_samples: int,
@@ -54,6 +67,8 @@ def train(
     resume_from: Commit | None,
     should_stop: Callable[[], bool],
     on_metrics: Callable[[StepRecord], None],
+    build: Callable[[Any, torch.device, DeviceMesh], Trainee] = build_mae_trainee,
+    validation: Validation | None = None,
 ) -> StopReason:
     """Train from a checkpoint, or from the start, to the end of the run or to a request to stop.
 
@@ -69,6 +84,8 @@ def train(
         resume_from: from `checkpoint.find_resume`.
         should_stop: asked once a log interval; if any rank says so, all save and stop.
         on_metrics: given every step's record, on rank 0.
+        build: makes what is trained: a masked autoencoder, unless told otherwise.
+        validation: looks at the model on the way.
 
     Raises:
         TrainingError: too many updates in a row were skipped because loss or gradient were not finite or spiked, or
@@ -98,13 +115,17 @@ def train(
 
                 look_due = step % config.log.every_steps == 0 or step == total_steps
                 save_due = step % config.checkpoint.every_steps == 0 or step == total_steps
-                if look_due or save_due:
+                validation_due = validation is not None and validation.due(step)
+                if look_due or save_due or validation_due:
                     _report(log, numbers, quarantined, config.optim.max_skipped_steps)
                     _log_saved(log, saver)
                 if look_due:
                     stopping, failed = parallel.any_of(parallel.together(should_stop), saver.failed())
                     if failed:
                         saver.wait()
+                if validation is not None and validation_due:
+                    validation.run(trainee.model, step, log)
+                    numbers.restart_clock()
                 if save_due or stopping:
                     state = checkpoint.state_of(trainee.model, trainee.optimizer, trainee.extra_tensors())
                     saver.start(state, step=step, samples_seen=step * config.data.global_batch_size)
@@ -117,7 +138,7 @@ def train(
     return reason
 
 
-def _open_log(config: TrainConfig, run: Store, attempt: int, on_metrics: Callable[[StepRecord], None]) -> RunLog:
+def _open_log(config: LoopConfig, run: Store, attempt: int, on_metrics: Callable[[StepRecord], None]) -> RunLog:
     if parallel.rank() != 0:
         return SilentLog()
     return RunLog(run.child(attempt_directory(attempt)), config.log.flush_s, on_metrics)
@@ -170,7 +191,7 @@ def _skipped_event(step: StepRead) -> dict[str, Any]:
     }
 
 
-def _saver(config: TrainConfig, run: Store, log: RunLog) -> CheckpointSaver:
+def _saver(config: LoopConfig, run: Store, log: RunLog) -> CheckpointSaver:
     def prune(commit: Commit) -> None:
         try:
             checkpoint.prune(run, config.checkpoint.keep_last, commit, config.checkpoint.keep_every_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from trainer.config import ParallelConfig, TrainConfig
 from trainer.mae import MAE
+from trainer.vit import Block, CrossBlock
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # What is dear to compute again: kept where activation checkpointing is selective.
 _KEPT_OPS = {
@@ -37,11 +40,19 @@ def build_sharded(config: TrainConfig, device: torch.device, mesh: DeviceMesh) -
         device: where the shards live.
         mesh: from `parallel.process_mesh`.
     """
-    with torch.device("meta"):
-        model = MAE(config.model, config.data.augment)
-    shard_model(model, config.parallel, mesh)
-    model.to_empty(device=device)
+    model = empty_sharded(lambda: MAE(config.model, config.data.augment), config.parallel, device, mesh)
     model.init_weights(config.data.seed)
+    return model
+
+
+def empty_sharded(
+    describe: Callable[[], Model], config: ParallelConfig, device: torch.device, mesh: DeviceMesh
+) -> Model:
+    """What `describe` makes, sharded over the mesh; it has memory, and nothing in it yet."""
+    with torch.device("meta"):
+        model = describe()
+    shard_model(model, config, mesh)
+    model.to_empty(device=device)
     return model
 
 
@@ -52,16 +63,16 @@ def shard_model(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> N
     dimensions shards over the second and keeps copies over the first (HSDP).
 
     Args:
-        model: has `blocks` and `decoder_blocks`; the same weights on every rank, or none yet ("meta").
+        model: of transformer blocks and what is around them; the same weights on every rank, or none yet ("meta").
         config: precision, activation checkpointing, compilation.
         mesh: from `parallel.process_mesh`.
     """
     policy = _policy(config, cast_inputs=True)
-    for name in ("blocks", "decoder_blocks"):
-        for block in model.get_submodule(name).children():
-            # The innermost first: what is compiled includes what is computed again, and neither FSDP's hooks.
-            block.forward = _compiled(_recomputed(block.forward, config), config)
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block | CrossBlock)]
+    for block in blocks:
+        # The innermost first: what is compiled includes what is computed again, and neither FSDP's hooks.
+        block.forward = _compiled(_recomputed(block.forward, config), config)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     # The root is handed images, of which the loss's targets are made: those stay in fp32.
     fully_shard(model, mesh=mesh, mp_policy=_policy(config, cast_inputs=False))
 

@@ -47,7 +47,7 @@ def _rotate(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
 
 
 def _posterize(image: Image.Image, strength: float, fill: Fill) -> Image.Image:
-    return ImageOps.posterize(image, 4 - int(abs(strength) * 4))
+    return ImageOps.posterize(image, max(1, 4 - int(abs(strength) * 4)))  # no bit at all would be a black image
 
 
 def _solarize(image: Image.Image, strength: float, fill: Fill) -> Image.Image:

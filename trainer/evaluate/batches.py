@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -113,7 +112,7 @@ class ClassifierBatches:
         self._ready: deque[ClassifierBatch] = deque()
         self._next: Future[list[ClassifierBatch]] = self._ahead.submit(self._prepare)
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> ClassifierBatches:
         return self
 
     def __next__(self) -> ClassifierBatch:
@@ -123,7 +122,7 @@ class ClassifierBatches:
             self._next = self._ahead.submit(self._prepare)
         return self._ready.popleft()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ClassifierBatches:
         return self
 
     def __exit__(

@@ -52,8 +52,8 @@ class Lars(Optimizer):
         if (scale := getattr(self, "grad_scale", None)) is not None:
             change = change / scale
         if parameter.ndim > 1:
-            change = change + group["weight_decay"] * weight
-            change = change * _trust_ratio(parameter, change, group["trust"])
+            ratio = _trust_ratio(parameter, change, group["trust"], group["weight_decay"])
+            change = ratio * (change + group["weight_decay"] * weight)
         momentum = group["momentum"] * buffer + change
         moved = weight - group["lr"] * momentum
         if (skip := getattr(self, "found_inf", None)) is not None:
@@ -62,11 +62,11 @@ class Lars(Optimizer):
         weight.copy_(moved)
 
 
-def _trust_ratio(parameter: Tensor, change: Tensor, trust: float) -> Tensor:
-    """`trust` times the weight's norm over the change's; 1 where either is 0."""
-    weight_norm, change_norm = (_norm(tensor, parameter) for tensor in (parallel.local(parameter), change))
-    ratio = trust * weight_norm / change_norm
-    return torch.where((weight_norm > 0) & (change_norm > 0), ratio, torch.ones_like(ratio))
+def _trust_ratio(parameter: Tensor, gradient: Tensor, trust: float, weight_decay: float) -> Tensor:
+    """`trust` times the weight's norm over those of gradient and decay; 1 where weight or gradient is 0."""
+    weight_norm, gradient_norm = (_norm(tensor, parameter) for tensor in (parallel.local(parameter), gradient))
+    ratio = trust * weight_norm / (gradient_norm + weight_decay * weight_norm)
+    return torch.where((weight_norm > 0) & (gradient_norm > 0), ratio, torch.ones_like(ratio))
 
 
 def _norm(part: Tensor, like: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def linear_cifar_tiny() -> EvaluateConfig:
     return EvaluateConfig(
         data=DataConfig(global_batch_size=1024, num_lanes=32, micro_batch_size=256, augment=_CIFAR),
         model=replace(_CIFAR_TINY, frozen_encoder=True, pool="class", head_std=0.01),
-        optim=_probe_optim(num_epochs=20, warmup_epochs=2),
+        optim=_probe_optim(num_epochs=20, warmup_epochs=2, base_lr=1.6),
         validation=ValidationConfig(crop_fraction=1.0),
         parallel=ParallelConfig(precision="fp32"),
         checkpoint=CheckpointConfig(every_steps=200),
@@ -218,10 +218,10 @@ def _linear(model: ClassifierConfig, *, patch_size: int, num_epochs: int) -> Eva
     )
 
 
-def _probe_optim(num_epochs: int, warmup_epochs: int) -> EvaluateOptimConfig:
+def _probe_optim(num_epochs: int, warmup_epochs: int, base_lr: float = 0.1) -> EvaluateOptimConfig:
     return EvaluateOptimConfig(
         optimizer="lars",
-        base_lr=0.1,
+        base_lr=base_lr,
         min_lr=0.0,
         weight_decay=0.0,
         momentum=0.9,

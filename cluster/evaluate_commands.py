@@ -79,11 +79,10 @@ def _evaluate(options: EvaluateOptions) -> int:
     for dataset in datasets.values():
         dataset.check_sizes()
     run = Store(urls["run"], options.train.store)
-    run.check_writable()
     config = _with_classes(options.train, **datasets)
-    digests = {name: dataset.manifest.digest() for name, dataset in datasets.items()}
-    source = _open(run, config, urls["source"], average=options.average, digests=digests)
-    job = _job(options, config, source, urls)
+    check_world(config, options.num_workers)
+    job = _job(options, config, _source(run, config, urls["source"], average=options.average), urls)
+    _open(run, job, **datasets)
     console = Console(file=sys.stderr if options.json else sys.stdout)
     code = drive(job, run, num_steps(config, datasets["data"].num_samples), console)
     if code == 0:
@@ -111,26 +110,28 @@ def _with_classes(config: EvaluateConfig, data: Dataset, val: Dataset) -> Evalua
     return replace(config, model=replace(config.model, num_classes=len(data.classes)))
 
 
-def _open(
-    run: Store, config: EvaluateConfig, source_url: str, *, average: bool, digests: dict[str, str]
-) -> SourceConfig:
-    """Begin the evaluation's run, or check that the run there is the same one; the encoder that it begins with."""
+def _open(run: Store, job: EvaluateJob, data: Dataset, val: Dataset) -> None:
+    """Begin the evaluation's run, or check that the run there is the same one."""
     from trainer.errors import RunMismatchError
-    from trainer.run_files import RUN, open_run, read_run
+    from trainer.run_files import open_run
 
-    source = None
+    run.check_writable()
+    record = EvaluationRecord(train=job.train, source=job.source, val_digest=val.manifest.digest())
+    try:
+        open_run(run, record, data.manifest.digest())
+    except RunMismatchError as error:
+        raise UsageError(str(error)) from error
+
+
+def _source(run: Store, config: EvaluateConfig, source_url: str, *, average: bool) -> SourceConfig:
+    """The encoder that an evaluation begins with, or began with: by now there may be newer ones."""
+    from trainer.run_files import RUN, read_run
+
     if run.exists(RUN):
         recorded: SourceConfig = read_run(run, EvaluationRecord).config.source
         if (recorded.run, recorded.average) == (source_url, average):
-            source = recorded  # the checkpoint that it began with, though there may be newer ones by now
-    if source is None:
-        source = _newest(config, source_url, average=average)
-    record = EvaluationRecord(train=config, source=source, val_digest=digests["val"])
-    try:
-        open_run(run, record, digests["data"])
-    except RunMismatchError as error:
-        raise UsageError(str(error)) from error
-    return source
+            return recorded
+    return _newest(config, source_url, average=average)
 
 
 def _newest(config: EvaluateConfig, source_url: str, *, average: bool) -> SourceConfig:
@@ -151,22 +152,17 @@ def _newest(config: EvaluateConfig, source_url: str, *, average: bool) -> Source
 
 
 def _job(options: EvaluateOptions, config: EvaluateConfig, source: SourceConfig, urls: dict[str, str]) -> EvaluateJob:
-    try:
-        job = EvaluateJob(
-            train=config,
-            source=source,
-            data=urls["data"],
-            val=urls["val"],
-            run=urls["run"],
-            num_workers=options.num_workers,
-            cpus_per_worker=options.cpus_per_worker,
-            gpus_per_worker=options.gpus_per_worker,
-            max_attempts_without_progress=options.max_attempts_without_progress,
-        )
-        check_world(job.train, job.num_workers)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return job
+    return EvaluateJob(
+        train=config,
+        source=source,
+        data=urls["data"],
+        val=urls["val"],
+        run=urls["run"],
+        num_workers=options.num_workers,
+        cpus_per_worker=options.cpus_per_worker,
+        gpus_per_worker=options.gpus_per_worker,
+        max_attempts_without_progress=options.max_attempts_without_progress,
+    )
 
 
 def _as_rows(result: dict[str, Any]) -> dict[str, Any]:

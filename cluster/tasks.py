@@ -13,7 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from cluster.config import EvaluateJob, JobConfig
-from pipeline import Dataset, Loader, open_dataset
+from pipeline import DataConfig, Dataset, Loader, open_dataset
 from pipeline.store import Store
 from trainer import update
 from trainer.checkpoint import Commit
@@ -60,7 +60,7 @@ def evaluation(
     announce: Callable[[dict[str, Any]], None],
 ) -> Iterator[Task]:
     """An evaluation from `commit` on, or from its source's encoder; `announce` is told its scores, on rank 0."""
-    config = job.train
+    config = dataclasses.replace(job.train, data=_on_threads(job.train.data, place))
     validation = EpochValidation(
         config,
         open_dataset(job.val, config.store),
@@ -88,14 +88,18 @@ def evaluation(
 
 
 def _loader(job: JobConfig, dataset: Dataset, place: Place, commit: Commit | None, device: torch.device) -> Loader:
-    data = job.train.data
-    if data.num_decode_threads is None:
-        data = dataclasses.replace(data, num_decode_threads=place.num_threads)
     return Loader(
         dataset,
-        data,
+        _on_threads(job.train.data, place),
         dp_rank=place.rank,
         dp_world_size=place.world_size,
         start_step=commit.step if commit else 0,
         device=device,
     )
+
+
+def _on_threads(data: DataConfig, place: Place) -> DataConfig:
+    """The config with the worker's threads for decoding, unless it names a number."""
+    if data.num_decode_threads is not None:
+        return data
+    return dataclasses.replace(data, num_decode_threads=place.num_threads)

@@ -198,13 +198,14 @@ class ClassifierBatches:
         self, pixels: npt.NDArray[np.uint8], result: npt.NDArray[np.float32], key: tuple[int, int, int]
     ) -> None:
         regularize, augment = self._config.regularize, self._config.data.augment
-        mean, std = (np.array(values, np.float32) for values in (augment.mean, augment.std))
         if regularize.randaugment_magnitude:
             generator = keyed_generator(self._config.data.seed, "evaluate/randaugment", *key)
             red, green, blue = (round(255 * value) for value in augment.mean)
             magnitude, deviation = regularize.randaugment_magnitude, regularize.randaugment_std
             pixels = randaugment(np.ascontiguousarray(pixels), generator, magnitude, deviation, (red, green, blue))
-        result[...] = ((pixels.astype(np.float32) / 255 - mean) / std).transpose(2, 0, 1)
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (augment.mean, augment.std))
+        np.multiply(pixels.transpose(2, 0, 1), 1 / (255 * std), out=result)
+        result -= mean / std
         if regularize.erase_probability:
             generator = keyed_generator(self._config.data.seed, "evaluate/erase", *key)
             erase(result, generator, regularize.erase_probability)

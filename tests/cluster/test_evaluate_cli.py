@@ -11,10 +11,13 @@ from failing import fails
 from PIL import Image
 
 from cluster.cli import main
+from cluster.config import EvaluateJob
 from pipeline import Loader, open_dataset
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.store import Store
-from trainer.config import ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from trainer.config import ModelConfig, OptimConfig, ParallelConfig, TrainConfig, from_dict, to_dict
+from trainer.evaluate import recipes
+from trainer.evaluate.config import EvaluationRecord, SourceConfig
 from trainer.loop import train
 from trainer.run_files import open_run
 
@@ -136,3 +139,12 @@ def test_an_evaluation_runs_to_its_result_and_says_it_again(capsys, urls, tmp_pa
     assert f"top-1 {result['top1']:.2%}" in text
     fails(capsys, [*words, "--optim.base-lr", "0.5"], 2, "optim.base_lr", "-> 0.5")
     assert Path(urls["from"]).is_dir()
+
+
+def test_a_job_and_its_record_survive_json():
+    source = SourceConfig(run="s3://bucket/runs/b", step=4, average=True)
+    for name in recipes.names():
+        job = EvaluateJob(train=recipes.get(name), data="a", val="b", run="c", source=source)
+        assert from_dict(EvaluateJob, json.loads(json.dumps(to_dict(job)))) == job
+        record = EvaluationRecord(train=job.train, source=source, val_digest="d")
+        assert from_dict(EvaluationRecord, json.loads(json.dumps(to_dict(record)))) == record

@@ -15,6 +15,7 @@ from rich.console import Console
 from cluster import (
     bench_commands,
     dataset_commands,
+    evaluate_commands,
     job_commands,
     manifest_commands,
     report,
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "runs": job_commands.runs,
     "logs": job_commands.logs,
     "stop": job_commands.stop,
+    "evaluate": evaluate_commands.evaluate,
     "reconstruct": run_commands.reconstruct,
     "curve": run_commands.curve,
     "report": report.report,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.config import execution, require
 from trainer.config import TrainConfig
+from trainer.evaluate.config import EvaluateConfig, SourceConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,3 +61,18 @@ class JobConfig:
     def least_workers(self) -> int:
         """The fewest workers that it runs with."""
         return self.num_workers if self.min_workers is None else self.min_workers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateJob(JobConfig):
+    """An evaluation, which runs on workers as pretraining does: `data` is what it learns from."""
+
+    train: EvaluateConfig = EvaluateConfig()  # type: ignore[assignment]  # in place of a TrainConfig
+    val: str
+    """URL of the sharded dataset that it is judged by."""
+    source: SourceConfig
+    """The encoder that it begins with."""
+
+    def __post_init__(self) -> None:
+        JobConfig.__post_init__(self)  # with slots there is no super() here
+        require(bool(self.val), "val must be the URL of a dataset")

@@ -74,6 +74,9 @@ class RunProgress:
             self._say(_notice(event), "yellow")
         elif kind == "ended" and event["outcome"] == "resized":
             self._say("there is room for more workers: saved, and starting again with them", "green")
+        elif kind == "validation":
+            scores = ", ".join(f"top-{k} {event[f'val_top{k}']:.2%}" for k in (1, 5))
+            self._say(f"epoch {event['epoch']:.2f}: {scores} of {event['val_num_samples']:,} images", "green")
         elif kind == "waiting":
             need, have = (amounts(event[side]) for side in ("need", "have"))
             self._say(f"waiting for workers: they need {need}; the cluster has {have} in all", "yellow")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -14,6 +14,7 @@ from cluster.config import JobConfig
 from cluster.options import CommandError, UsageError, check_at_least, check_png, parse, say
 from trainer import recipes
 from trainer.config import TrainConfig, check_world, num_steps
+from trainer.recipe_book import RecipeBook
 
 if TYPE_CHECKING:
     from pipeline.store import Store
@@ -70,7 +71,7 @@ def job_of(options: PretrainOptions) -> JobConfig:
 
     values = {name: getattr(options, name) for name in PretrainOptions.__dataclass_fields__}
     try:
-        values |= {name: Store(values[name]).url for name in ("data", "run")} | _worker_range(options.num_workers)
+        values |= {name: Store(values[name]).url for name in ("data", "run")} | worker_range(options.num_workers)
         job = JobConfig(**values)
         check_world(job.train, job.num_workers)
         check_world(job.train, job.least_workers)
@@ -79,8 +80,8 @@ def job_of(options: PretrainOptions) -> JobConfig:
     return job
 
 
-def _worker_range(words: str) -> dict[str, int | None]:
-    """`8`, or `2:8`."""
+def worker_range(words: str) -> dict[str, Any]:
+    """What `--num-workers` says, as a JobConfig's fields: `8`, or `2:8`. Raises UsageError."""
     least, colon, most = words.rpartition(":")
     if not most.isdecimal() or (colon and not least.isdecimal()):
         raise UsageError(f"--num-workers ({words}) must be a number, or MIN:MAX as in 2:8")
@@ -88,16 +89,11 @@ def _worker_range(words: str) -> dict[str, int | None]:
 
 
 def _train(job: JobConfig) -> int:
-    from cluster.launch import RunFailedError, launch
-    from cluster.progress import RunProgress
     from pipeline import open_dataset
     from pipeline.store import Store
-    from trainer.checkpoint import newest_step
     from trainer.errors import RunMismatchError
-    from trainer.loop import StopReason
     from trainer.run_files import open_run
 
-    console = Console(file=sys.stdout)  # this very stream: `launch` redirects sys.stdout, where Ray prints
     dataset = open_dataset(job.data, job.train.store)
     dataset.check_sizes()
     run = Store(job.run, job.train.store)
@@ -106,7 +102,27 @@ def _train(job: JobConfig) -> int:
         open_run(run, job.train, dataset.manifest.digest())
     except RunMismatchError as error:
         raise UsageError(str(error)) from error
-    total = num_steps(job.train, dataset.num_samples)
+    # This very stream: `launch` redirects sys.stdout, where Ray prints.
+    return drive(job, run, num_steps(job.train, dataset.num_samples), Console(file=sys.stdout))
+
+
+def drive(job: JobConfig, run: Store, total: int, console: Console) -> int:
+    """Launch a job whose run is open, unless it is finished; tell the console, and return the exit code.
+
+    Args:
+        job: what runs.
+        run: its store.
+        total: steps of the whole run.
+        console: where progress goes.
+
+    Raises:
+        CommandError: the run failed.
+    """
+    from cluster.launch import RunFailedError, launch
+    from cluster.progress import RunProgress
+    from trainer.checkpoint import newest_step
+    from trainer.loop import StopReason
+
     if _is_finished(run, total):
         say(console, f"finished: {job.run} is at step {total} of {total}")
         return 0
@@ -132,7 +148,9 @@ def _is_finished(run: Store, total: int) -> bool:
     return commit is not None and commit.step == total
 
 
-def take_recipe(command: str, arguments: list[str], usage: str, summary: str) -> tuple[str, list[str]]:
+def take_recipe(
+    command: str, arguments: list[str], usage: str, summary: str, book: RecipeBook[Any] = recipes.BOOK
+) -> tuple[str, list[str]]:
     """The recipe, and the arguments after it. `--help` in its place lists the recipes and ends the process.
 
     Args:
@@ -140,22 +158,23 @@ def take_recipe(command: str, arguments: list[str], usage: str, summary: str) ->
         arguments: the words after the command.
         usage: what `--help` shows as the command's form.
         summary: what it says about the command.
+        book: the recipes that there are.
 
     Raises:
         UsageError: no recipe, or an unknown one.
     """
-    known = ", ".join(recipes.names())
+    known = ", ".join(book.names())
     if arguments and arguments[0] in ("-h", "--help"):
         console = Console()
         say(console, f"usage: tarmac {usage}\n")
         say(console, f"{summary}\nRecipes:")
-        for name in recipes.names():
-            say(console, f"  {name:<20} {recipes.summary(name)}")
+        for name in book.names():
+            say(console, f"  {name:<20} {book.summary(name)}")
         say(console, f"\ntarmac {command} RECIPE --help lists every field, with the recipe's values.")
         raise SystemExit(0)
     if not arguments or arguments[0].startswith("-"):
         raise UsageError(f"{command} needs a recipe first; known are {known}")
-    if arguments[0] not in recipes.names():
+    if arguments[0] not in book.names():
         raise UsageError(f"unknown recipe {arguments[0]!r}; known are {known}")
     return arguments[0], arguments[1:]
 

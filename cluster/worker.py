@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import threading
@@ -16,11 +15,12 @@ import ray.train
 import ray.train.torch
 import torch
 
-from cluster.config import JobConfig
+from cluster.config import EvaluateJob, JobConfig
 from cluster.lease import LeaseError, check_lease
 from cluster.processes import start_time
 from cluster.relay import Pulse
-from pipeline import Loader, open_dataset
+from cluster.tasks import Place, evaluation, pretraining
+from pipeline import open_dataset
 from pipeline.errors import ManifestError, ShardError
 from pipeline.store import Store
 from trainer import parallel
@@ -48,7 +48,7 @@ def train_worker(payload: dict[str, Any]) -> str:
     """
     began = time.time()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    job: JobConfig = from_dict(JobConfig, payload["job"])
+    job: JobConfig = from_dict(EvaluateJob if "source" in payload["job"] else JobConfig, payload["job"])
     seat = _Seat(payload["relay"], payload["attempt"], payload["lease"], began)
     try:
         with _Heartbeat(seat):
@@ -111,13 +111,15 @@ def _train_rank(job: JobConfig, seat: _Seat) -> str:
     commit = find_resume(run, lambda path, reason: damage.append((path, reason)))
     step = commit.step if commit else 0
     parallel.from_rank_zero(partial(_begin_attempt, run, seat, damage, world_size=world_size, step=step))
-    data = job.train.data
-    if data.num_decode_threads is None:
-        data = dataclasses.replace(data, num_decode_threads=num_threads)
-    with Loader(dataset, data, dp_rank=rank, dp_world_size=world_size, start_step=step, device=device) as loader:
+    place = Place(rank, world_size, num_threads, device)
+    if isinstance(job, EvaluateJob):
+        opened = evaluation(job, dataset, place, commit)
+    else:
+        opened = pretraining(job, dataset, place, commit)
+    with opened as task:
         reason = train(
             job.train,
-            loader,
+            task.batches,
             run=run,
             num_samples=dataset.num_samples,
             attempt=seat.attempt,
@@ -128,6 +130,8 @@ def _train_rank(job: JobConfig, seat: _Seat) -> str:
             on_event=partial(seat.relay.announce.remote, seat.attempt),
             began=seat.began,
             may_commit=partial(check_lease, run, seat.lease),
+            build=task.build,
+            validation=task.validation,
         )
     return reason.value
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,36 @@ def replacement_ids(seed: int, epoch: int, sample_id: int, num_samples: int, att
     """Sample ids [attempts] to take, in this order, in place of a damaged one."""
     draws = hash64(stream_key(seed, "augment/replacement"), epoch, sample_id, np.arange(attempts))
     return (draws % np.uint64(num_samples)).astype(np.int64)
+
+
+CropDrawer = Callable[[AugmentConfig, int, Int64, Int64, Int64, Int64, int], Crops]
+"""What `repeated_crops` is: (config, seed, epochs, sample ids, heights, widths, crops per image) -> boxes."""
+
+
+def centre_crops(
+    config: AugmentConfig,
+    seed: int,
+    epochs: Int64,
+    sample_ids: Int64,
+    heights: Int64,
+    widths: Int64,
+    crops_per_image: int,
+    *,
+    fraction: float,
+) -> Crops:
+    """One box in the middle of each image, nothing random in it: for a validation set.
+
+    The largest box of the shape of `config.image_size`, times `fraction`: the part of an image that is left when its
+    shorter side is resized to 256 and the middle 224 are cut out, for 224 / 256.
+
+    Args: as for `repeated_crops`, of which image size, heights and widths count; `crops_per_image` must be 1.
+    """
+    assert crops_per_image == 1
+    ratio = config.image_size[1] / config.image_size[0]
+    largest = _largest_box(replace(config, crop_ratio=(ratio, ratio)), heights, widths)
+    height, width = (np.maximum(np.rint(side * fraction), 1).astype(np.int64) for side in largest)
+    top, left = (heights - height) // 2, (widths - width) // 2
+    return Crops(top, left, height, width, np.zeros(len(top), dtype=np.bool_))
 
 
 def repeated_crops(

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from pipeline.augment import Crops, repeated_crops, repeated_masks
+from pipeline.augment import CropDrawer, Crops, repeated_crops, repeated_masks
 from pipeline.config import DataConfig, check_world, require
 from pipeline.dataset import Dataset
 from pipeline.decode import Decoder, Decoding
@@ -115,6 +115,7 @@ class Loader:
         dp_world_size: number of such ranks, at most `config.num_lanes`.
         start_step: the first step.
         device: where the batches go.
+        draw_crops: the boxes of each sample's crops; `centre_crops` for a validation set.
 
     Raises:
         ValueError: rank, world size or step are out of range, micro-batches too small for the world size, or
@@ -130,8 +131,9 @@ class Loader:
         dp_world_size: int = 1,
         start_step: int = 0,
         device: torch.device | str = "cpu",
+        draw_crops: CropDrawer = repeated_crops,
     ) -> None:
-        self._config, self._device = config, torch.device(device)
+        self._config, self._device, self._draw_crops = config, torch.device(device), draw_crops
         _check(config, dp_rank, dp_world_size, start_step, self._device)
         self.num_micro_steps = num_micro_steps(config, dp_world_size)
         if config.cache_dir is not None:
@@ -319,7 +321,7 @@ class Loader:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def _crops(self, samples: list[EncodedSample]) -> Crops:
-        return repeated_crops(
+        return self._draw_crops(
             self._config.augment,
             self._config.seed,
             _column([sample.epoch for sample in samples]),

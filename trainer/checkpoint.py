@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -43,7 +44,7 @@ from trainer.checkpoint_commit import (
 from trainer.checkpoint_files import StoreReader, StoreWriter, read_metadata, sum_file
 from trainer.errors import CheckpointError
 
-__all__ = ["CheckpointError", "Commit", "find_resume", "load", "newest_step", "prune", "state_of", "write"]
+__all__ = ["CheckpointError", "Commit", "find_resume", "find_step", "load", "newest_step", "prune", "state_of", "write"]
 
 log = logging.getLogger(__name__)
 
@@ -126,10 +127,7 @@ def find_resume(run: Store, on_damage: Callable[[str, str], None]) -> Commit | N
     """
     names = []
     for directory, sizes in parallel.from_rank_zero(partial(_committed, run), "checkpoint"):
-        commit, damages = parallel.from_rank_zero(partial(_read_commit, run, directory, sizes), "checkpoint")
-        if commit is not None and not damages:
-            share = parallel.together(partial(_check_share, run, commit), "checkpoint")
-            damages = sorted(itertools.chain(*parallel.gather(share, "checkpoint")))
+        commit, damages = _verify(run, directory, sizes)
         if not damages:
             return commit
         if parallel.rank() == 0:
@@ -143,6 +141,31 @@ def find_resume(run: Store, on_damage: Callable[[str, str], None]) -> Commit | N
             "again at another run URL"
         )
     return None
+
+
+def find_step(run: Store, step: int) -> Commit:
+    """The checkpoint of `step`, verified to its last byte. A collective.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        StoreError: the store did not answer.
+    """
+    for directory, sizes in parallel.from_rank_zero(partial(_committed, run), "checkpoint"):
+        if step_of(directory) == step:
+            commit, damages = _verify(run, directory, sizes)
+            if commit is not None and not damages:
+                return commit
+            raise CheckpointError(f"{run} has a damaged checkpoint of step {step}: {damages[0][0]} {damages[0][1]}")
+    raise CheckpointError(f"{run} has no checkpoint of step {step}; was it deleted since?")
+
+
+def _verify(run: Store, directory: str, sizes: dict[str, int]) -> tuple[Commit | None, list[Damage]]:
+    """The commit record, and what is wrong with the checkpoint: the same on every rank."""
+    commit, damages = parallel.from_rank_zero(partial(_read_commit, run, directory, sizes), "checkpoint")
+    if commit is not None and not damages:
+        share = parallel.together(partial(_check_share, run, commit), "checkpoint")
+        damages = sorted(itertools.chain(*parallel.gather(share, "checkpoint")))
+    return commit, damages
 
 
 def set_aside(run: Store, damaged: Iterable[Damage]) -> None:
@@ -176,6 +199,8 @@ def load(
     model: nn.Module,
     optimizer: Optimizer | None = None,
     extra: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    only: Collection[str] | None = None,
 ) -> None:
     """Load the weights of `commit`, and the optimizer's state if one is given, in place.
 
@@ -188,20 +213,21 @@ def load(
         model: sharded or not.
         optimizer: over `model`'s parameters.
         extra: tensors that were saved under these names, to fill in place.
+        only: names of the weights to load; the others stay as they are. None loads them all.
 
     Raises:
         CheckpointError: it holds something other than this model's tensors, or was damaged after it verified.
     """
     directory = run.child(commit.directory)
     metadata = parallel.together(partial(read_metadata, directory, commit), "checkpoint")
-    weights = get_model_state_dict(model)
+    weights = {name: weight for name, weight in get_model_state_dict(model).items() if only is None or name in only}
     state: dict[str, Any] = {"model": weights, "extra": dict(extra)}
     if optimizer is not None:
         moments = get_optimizer_state_dict(model, optimizer)
         state["optimizer"] = moments["state"]
     with _collective(f"cannot load {commit.directory}") as group:
         dcp_load(state, storage_reader=StoreReader(directory, metadata), process_group=group)
-    set_model_state_dict(model, weights)
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=only is None))
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, moments)
 

@@ -7,7 +7,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pipeline import config as data_config
 from pipeline.config import (
@@ -77,8 +77,8 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay (He et al. 2022, table 8)."""
+class UpdateConfig:
+    """What every training says about its updates: rate, decay, length, and what is done about harmful ones."""
 
     base_lr: float = 1.5e-4
     """Learning rate for a batch of 256; the peak is `base_lr * global_batch_size / 256`."""
@@ -86,8 +86,6 @@ class OptimConfig:
     """Learning rate at the end of the cosine."""
     weight_decay: float = 0.05
     """Not applied to 1-D tensors and biases."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of AdamW's two moments."""
     num_epochs: float = 800.0
     """Length of the run, in epochs; `num_steps` overrides it."""
     num_steps: int | None = None
@@ -96,8 +94,6 @@ class OptimConfig:
     """Share of the run that the learning rate rises from 0: 40 of 800 epochs in the paper."""
     clip_norm: float | None = None
     """Longest gradient, by its 2-norm over all parameters; a longer one is scaled down to it. None clips nothing."""
-    ema_decay: float | None = None
-    """Of a moving average of the encoder's weights that is kept beside them; None keeps none."""
     spike_sigmas: float | None = None
     """Skip an update whose loss or gradient norm is this many standard deviations above the mean of about the last 128
     updates; None skips only what is not finite."""
@@ -110,10 +106,6 @@ class OptimConfig:
         require(
             0 <= self.weight_decay < math.inf,
             f"optim.weight_decay ({self.weight_decay}) must not be negative, and finite",
-        )
-        require(
-            all(0 <= beta < 1 for beta in self.betas),
-            f"optim.betas {self.betas} must be in [0, 1)",
         )
         require(0 < self.num_epochs < math.inf, f"optim.num_epochs ({self.num_epochs}) must be positive")
         require(
@@ -131,12 +123,31 @@ class OptimConfig:
                 f"optim.{name} ({value}) must be positive and finite; leave it out for none",
             )
         require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            f"optim.ema_decay ({self.ema_decay}) must be between 0 and 1, for example 0.9999",
-        )
-        require(
             self.max_skipped_steps >= 0,
             f"optim.max_skipped_steps ({self.max_skipped_steps}) must not be negative",
+        )
+
+
+def require_betas(betas: tuple[float, float]) -> None:
+    """Raise ValueError unless they can be AdamW's."""
+    require(all(0 <= beta < 1 for beta in betas), f"optim.betas {betas} must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig(UpdateConfig):
+    """AdamW with linear warm-up and cosine decay (He et al. 2022, table 8)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    ema_decay: float | None = None
+    """Of a moving average of the encoder's weights that is kept beside them; None keeps none."""
+
+    def __post_init__(self) -> None:
+        UpdateConfig.__post_init__(self)  # with slots there is no super() here
+        require_betas(self.betas)
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"optim.ema_decay ({self.ema_decay}) must be between 0 and 1, for example 0.9999",
         )
 
 
@@ -209,6 +220,35 @@ class LogConfig:
         require(self.flush_s > 0, f"log.flush_s ({self.flush_s}) must be positive")
 
 
+@runtime_checkable
+class LoopConfig(Protocol):
+    """What the loop, its schedule and its checkpoints read of a run's config, whatever the run trains."""
+
+    @property
+    def data(self) -> DataConfig:
+        """Batch, order, seed."""
+
+    @property
+    def optim(self) -> UpdateConfig:
+        """Rate and length."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Ranks and precision."""
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        """When to save."""
+
+    @property
+    def log(self) -> LogConfig:
+        """When to tell."""
+
+    @property
+    def store(self) -> StoreConfig:
+        """How patient to be."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One pretraining run, whole: the CLI's options, the Ray payload and the record in run.json."""
@@ -223,11 +263,7 @@ class TrainConfig:
     """For the dataset and the run alike."""
 
     def __post_init__(self) -> None:
-        require(
-            self.optim.min_lr <= peak_lr(self),
-            f"optim.min_lr ({self.optim.min_lr}) must be at most the peak learning rate ({peak_lr(self):g} = "
-            "optim.base_lr * data.global_batch_size / 256)",
-        )
+        require_floor(self)
         augment, ratio = self.data.augment, self.model.predict_ratio
         require(
             1 <= num_predicted_patches(self.model, augment) <= num_patches(augment) - num_kept_patches(augment),
@@ -243,19 +279,28 @@ def num_predicted_patches(model: ModelConfig, augment: AugmentConfig) -> int:
     return int(num_patches(augment) * model.predict_ratio)
 
 
-def peak_lr(config: TrainConfig) -> float:
+def require_floor(config: LoopConfig) -> None:
+    """Raise ValueError if the learning rate would end above its peak."""
+    require(
+        config.optim.min_lr <= peak_lr(config),
+        f"optim.min_lr ({config.optim.min_lr}) must be at most the peak learning rate ({peak_lr(config):g} = "
+        "optim.base_lr * data.global_batch_size / 256)",
+    )
+
+
+def peak_lr(config: LoopConfig) -> float:
     """Learning rate after warm-up, by the linear scaling rule (Goyal et al. 2017)."""
     return config.optim.base_lr * config.data.global_batch_size / 256
 
 
-def num_steps(config: TrainConfig, num_samples: int) -> int:
+def num_steps(config: LoopConfig, num_samples: int) -> int:
     """Optimizer steps of the whole run over a dataset of `num_samples` images."""
     if config.optim.num_steps is not None:
         return config.optim.num_steps
     return max(1, math.ceil(config.optim.num_epochs * num_samples / config.data.global_batch_size))
 
 
-def check_world(config: TrainConfig, world_size: int) -> None:
+def check_world(config: LoopConfig, world_size: int) -> None:
     """Raise ValueError if `world_size` ranks cannot train this config."""
     data_config.check_world(config.data, world_size)
     size = config.parallel.shard_size or world_size
@@ -299,7 +344,7 @@ def _from_json(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
-def differences(recorded: TrainConfig, given: TrainConfig) -> list[str]:
+def differences(recorded: Any, given: Any) -> list[str]:
     """Fields that change a run's result and are not the same, as `path: recorded -> given`."""
     return _differences(recorded, given, "")
 

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from trainer import parallel
-from trainer.config import TrainConfig
+from trainer.config import LoopConfig
 
 SPIKE_WINDOW_STEPS = 128
 """Updates that the running mean and variance look back on, and that must have been made before one can be a spike."""
@@ -39,7 +39,7 @@ class StepGuard:
         For spikes OLMo 2 (2025), section 3.1: skip-step. For clipping Pascanu et al. 2013.
     """
 
-    def __init__(self, config: TrainConfig, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(self, config: LoopConfig, mesh: DeviceMesh, device: torch.device) -> None:
         self._batch = config.data.global_batch_size
         self._clip_norm, self._sigmas = config.optim.clip_norm, config.optim.spike_sigmas
         # The ranks' squares add up to as many whole gradients as there are copies of the model.

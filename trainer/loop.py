@@ -10,25 +10,27 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pipeline.errors import StoreError
 from pipeline.store import Store
 from trainer import checkpoint, parallel
 from trainer.checkpoint import Commit
 from trainer.checkpoint_saver import CheckpointSaver
-from trainer.config import TrainConfig, num_steps
+from trainer.config import LoopConfig, num_steps
 from trainer.errors import TrainingError
 from trainer.metrics import Event, RunLog, SilentLog, StepRecord, attempt_directory
 from trainer.optim import learning_rate
 from trainer.step_numbers import StepNumbers, StepRead
-from trainer.update import build, update
+from trainer.update import Trainee, update
+from trainer.update import build as build_mae_trainee
 from trainer.wishes import Wish
 
 if TYPE_CHECKING:
-    from pipeline.loader import Batch
     from pipeline.reader import Quarantined
 
 __all__ = ["StopReason", "TrainingError", "Wish", "train"]
@@ -36,6 +38,17 @@ __all__ = ["StopReason", "TrainingError", "Wish", "train"]
 logger = logging.getLogger(__name__)
 
 _ASK_S = 1.0
+
+
+@runtime_checkable
+class Validation(Protocol):
+    """Looks at the model between two steps, now and then, at the same ones on every rank."""
+
+    def due(self, step: int) -> bool:
+        """Whether it looks when `step` updates are complete."""
+
+    def run(self, model: nn.Module, step: int, log: RunLog) -> None:
+        """Look, and tell `log`. A collective; before the checkpoint of `step`, which so never comes without it."""
 
 
 class StopReason(enum.Enum):
@@ -48,8 +61,8 @@ class StopReason(enum.Enum):
 
 
 def train(
-    config: TrainConfig,
-    loader: Iterable[Batch],
+    config: LoopConfig,
+    loader: Iterable[Any],
     *,
     run: Store,
     num_samples: int,
@@ -61,6 +74,8 @@ def train(
     on_event: Callable[[Event], None] = lambda event: None,
     began: float | None = None,
     may_commit: Callable[[], None] = lambda: None,
+    build: Callable[[Any, torch.device, DeviceMesh], Trainee] = build_mae_trainee,
+    validation: Validation | None = None,
 ) -> StopReason:
     """Train from a checkpoint, or from the start, to the end of the run or to a request to stop.
 
@@ -80,6 +95,8 @@ def train(
         on_event: given every event, likewise.
         began: when this process turned to the attempt, in seconds since 1970, for the `start` event; None is now.
         may_commit: called on rank 0 before a checkpoint is committed; nothing is if it raises.
+        build: makes what is trained: a masked autoencoder, unless told otherwise.
+        validation: looks at the model on the way.
 
     Raises:
         TrainingError: too many updates in a row were skipped because loss or gradient were not finite or spiked, or
@@ -118,7 +135,8 @@ def train(
 
                 look_due = step % config.log.every_steps == 0 or step == total_steps
                 save_due = step % config.checkpoint.every_steps == 0 or step == total_steps
-                if look_due or save_due:
+                validation_due = validation is not None and validation.due(step)
+                if look_due or save_due or validation_due:
                     tell()
                 if look_due or questions.due(step):
                     stopping, saving, failed = questions.put(step, saver)
@@ -127,6 +145,9 @@ def train(
                     save_due = save_due or saving or stopping
                     if saving or stopping:
                         tell()  # a checkpoint's steps are on record before it is
+                if validation is not None and validation_due:
+                    validation.run(trainee.model, step, log)
+                    numbers.restart_clock()
                 if save_due:
                     state = checkpoint.state_of(trainee.model, trainee.optimizer, trainee.extra_tensors())
                     saver.start(state, step=step, samples_seen=step * config.data.global_batch_size)
@@ -165,7 +186,7 @@ class _Questions:
 
 
 def _open_log(
-    config: TrainConfig,
+    config: LoopConfig,
     run: Store,
     attempt: int,
     on_metrics: Callable[[StepRecord], None],
@@ -227,7 +248,7 @@ def _skipped_event(step: StepRead) -> dict[str, Any]:
     }
 
 
-def _saver(config: TrainConfig, run: Store, log: RunLog, may_commit: Callable[[], None]) -> CheckpointSaver:
+def _saver(config: LoopConfig, run: Store, log: RunLog, may_commit: Callable[[], None]) -> CheckpointSaver:
     def prune(commit: Commit) -> None:
         try:
             checkpoint.prune(run, config.checkpoint.keep_last, commit, config.checkpoint.keep_every_steps)

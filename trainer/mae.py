@@ -10,16 +10,13 @@ prediction for removed patches only; targets are gathered for removed patches on
 
 from __future__ import annotations
 
-import hashlib
-import math
-
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipeline.config import AugmentConfig
 from trainer.config import ModelConfig, TrainConfig, num_predicted_patches
+from trainer.initial import assign, initial_value
 from trainer.vit import (
     Block,
     CrossBlock,
@@ -144,10 +141,7 @@ class MAE(nn.Module):
         for embedding in (self.pos_embed, self.decoder_pos_embed):
             embedding.copy_(position_embedding(embedding.shape[-1], *self.grid))
         for name, parameter in self.named_parameters():
-            value = _initial_value(name, parameter.shape, seed, patch_values=3 * self.patch_size**2)
-            if isinstance(parameter, DTensor):  # each rank has made the whole tensor, and keeps its part of it
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.copy_(value)
+            assign(parameter, initial_value(name, parameter.shape, seed, patch_values=3 * self.patch_size**2))
 
     def _encode(self, patches: Tensor, kept_ids: Tensor, masked_ids: Tensor) -> list[Tensor]:
         """Visible patches [B, K, P] -> the tokens before and after each block, the last ones normalised.
@@ -240,24 +234,3 @@ def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each patch [B, N, 1], from the unbiased variance + 1e-6."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=1)
     return mean, (variance + 1e-6).sqrt()
-
-
-def _initial_value(name: str, shape: torch.Size, seed: int, patch_values: int) -> Tensor:
-    """A parameter's first value, float32 on the CPU.
-
-    Source:
-        He et al. 2022, appendix A.1, for the linear layers; the rest is what the published models started from.
-    """
-    key = hashlib.sha256(f"initial weights/{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-    value = torch.empty(shape, device="cpu")
-    if name in ("cls_token", "mask_token"):
-        return nn.init.normal_(value, std=0.02, generator=generator)
-    if name == "feature_weights":  # each decoder block begins with the mean over all depths
-        return value.fill_(1 / shape[1])
-    if name == "patch_embed.proj.bias":  # left as a convolution has it
-        bound = 1 / math.sqrt(patch_values)
-        return nn.init.uniform_(value, -bound, bound, generator=generator)
-    if value.ndim >= 2:  # the patch projection counts as a linear layer, the fused qkv as one matrix
-        return nn.init.xavier_uniform_(value.flatten(1), generator=generator).view(shape)
-    return value.fill_(1.0 if name.endswith("weight") else 0.0)  # norms; biases

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import TrainConfig, peak_lr
+from trainer.config import LoopConfig, TrainConfig, peak_lr
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=config.optim.betas, fused=True)
 
 
-def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
+def learning_rate(config: LoopConfig, step: int, num_steps: int) -> float:
     """The learning rate of one update: linear warm-up from 0, then half a cosine down to `optim.min_lr`.
 
     Args:

@@ -5,7 +5,6 @@ Numbers marked [P] are published ones, with their source; what this project has 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from pipeline.config import AugmentConfig, DataConfig
@@ -17,28 +16,7 @@ from trainer.config import (
     ParallelConfig,
     TrainConfig,
 )
-
-
-def names() -> list[str]:
-    """Names of the recipes, as the command line takes them."""
-    return [recipe.__name__ for recipe in _RECIPES]
-
-
-def get(name: str) -> TrainConfig:
-    """The recipe called `name`.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    for recipe in _RECIPES:
-        if recipe.__name__ == name:
-            return recipe()
-    raise ValueError(f"unknown recipe {name!r}; known are {', '.join(names())}")
-
-
-def summary(name: str) -> str:
-    """The first line of a recipe's docstring."""
-    return next((recipe.__doc__ or "").splitlines()[0] for recipe in _RECIPES if recipe.__name__ == name)
+from trainer.recipe_book import RecipeBook
 
 
 def mae_base_800ep() -> TrainConfig:
@@ -223,7 +201,7 @@ def _imagenet(model: ModelConfig, *, patch_size: int, num_epochs: int, micro_bat
     )
 
 
-_RECIPES: tuple[Callable[[], TrainConfig], ...] = (
+BOOK = RecipeBook(
     mae_base_800ep,
     mae_base_cross_800ep,
     mae_large_800ep,
@@ -234,3 +212,4 @@ _RECIPES: tuple[Callable[[], TrainConfig], ...] = (
     cifar_tiny,
     demo,
 )
+names, get, summary = BOOK.names, BOOK.get, BOOK.summary

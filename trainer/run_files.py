@@ -24,8 +24,9 @@ VERSION = 1
 class RunRecord:
     """What makes a run this run and no other."""
 
-    config: TrainConfig
-    """As first given; fields that do not change the result may differ in later attempts."""
+    config: Any
+    """A TrainConfig, or what another kind of run records. As first given; fields that do not change the result may
+    differ in later attempts."""
     manifest_digest: str
     """Of the dataset's manifest."""
     versions: Mapping[str, str]
@@ -43,12 +44,12 @@ class RunRecord:
         return json.dumps(body, indent=1).encode()
 
 
-def open_run(run: Store, config: TrainConfig, manifest_digest: str) -> RunRecord:
+def open_run(run: Store, config: Any, manifest_digest: str) -> RunRecord:
     """Begin a run at an empty URL, or check that the run there is the same one.
 
     Args:
         run: the run's store.
-        config: the recipe given now.
+        config: the recipe given now, a dataclass.
         manifest_digest: of the dataset given now.
 
     Returns:
@@ -65,14 +66,14 @@ def open_run(run: Store, config: TrainConfig, manifest_digest: str) -> RunRecord
     return check_same(run, config, manifest_digest)
 
 
-def check_same(run: Store, config: TrainConfig, manifest_digest: str) -> RunRecord:
+def check_same(run: Store, config: Any, manifest_digest: str) -> RunRecord:
     """Check that the run at this URL has this recipe and this dataset, and return its record. Writes nothing.
 
     Raises:
         RunMismatchError: it has not; the message lists every difference.
         RunError: there is no run, or its record cannot be read.
     """
-    record = read_run(run)
+    record = read_run(run, type(config))
     found = differences(record.config, config)
     if record.manifest_digest != manifest_digest:
         found.append(f"the dataset's manifest: {record.manifest_digest[:12]} -> {manifest_digest[:12]}")
@@ -84,8 +85,12 @@ def check_same(run: Store, config: TrainConfig, manifest_digest: str) -> RunReco
     return record
 
 
-def read_run(run: Store) -> RunRecord:
+def read_run(run: Store, kind: type[Any] = TrainConfig) -> RunRecord:
     """The record of the run at this URL.
+
+    Args:
+        run: the run's store.
+        kind: of config that such a run records.
 
     Raises:
         RunError: there is no run, or its record is damaged or made by newer code.
@@ -94,7 +99,7 @@ def read_run(run: Store) -> RunRecord:
         body: dict[str, Any] = json.loads(run.read(RUN))
         if body["version"] != VERSION:
             raise RunError(f"{run}/{RUN} has format version {body['version']}; this code reads {VERSION}")
-        return RunRecord(**(body | {"config": from_dict(TrainConfig, body["config"])}))
+        return RunRecord(**(body | {"config": from_dict(kind, body["config"])}))
     except StoreNotFoundError as error:
         raise RunError(f"{run} is not a run: it has no {RUN}") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.config import ParallelConfig, TrainConfig
 from trainer.mae import MAE
+from trainer.vit import Block, CrossBlock
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # What is dear to compute again: kept where activation checkpointing is selective.
 _KEPT_OPS = {
@@ -37,37 +40,46 @@ def build_sharded(config: TrainConfig, device: torch.device, mesh: DeviceMesh) -
         device: where the shards live.
         mesh: from `parallel.process_mesh`.
     """
-    with torch.device("meta"):
-        model = MAE(config.model, config.data.augment)
-    shard_model(model, config.parallel, mesh)
-    model.to_empty(device=device)
+    model = empty_sharded(lambda: MAE(config.model, config.data.augment), config.parallel, device, mesh)
     model.init_weights(config.data.seed)
     return model
 
 
-def shard_model(model: MAE, config: ParallelConfig, mesh: DeviceMesh) -> None:
+def empty_sharded(
+    describe: Callable[[], Model], config: ParallelConfig, device: torch.device, mesh: DeviceMesh
+) -> Model:
+    """What `describe` makes, sharded over the mesh; it has memory, and nothing in it yet."""
+    with torch.device("meta"):
+        model = describe()
+    shard_model(model, config, mesh)
+    model.to_empty(device=device)
+    return model
+
+
+def shard_model(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> None:
     """Shard `model` over `mesh` in place with FSDP2: every block on its own, the rest with the root; alone, not at all.
 
     Weights and gradients are kept and reduced in fp32; `bf16` is the precision of forward and backward. A mesh of two
     dimensions shards over the second and keeps copies over the first (HSDP).
 
     Args:
-        model: has `blocks` and `decoder_blocks`; the same weights on every rank, or none yet ("meta").
+        model: of transformer blocks and what is around them; the same weights on every rank, or none yet ("meta").
         config: precision, activation checkpointing, compilation.
         mesh: from `parallel.process_mesh`.
     """
     policy = _policy(config, cast_inputs=True)
-    # A rank alone has nothing to gather or reduce: FSDP would only copy all weights twice and all gradients once. Its
-    # layers cast their weights themselves, to what the patch embedding begins with.
-    alone = mesh.size() == 1
-    for name in ("blocks", "decoder_blocks"):
-        for block in model.get_submodule(name).children():
-            # The innermost first: what is compiled includes what is computed again, and neither FSDP's hooks.
-            block.forward = _compiled(_recomputed(block.forward, config), config)
-            if not alone:
-                fully_shard(block, mesh=mesh, mp_policy=policy)
+    # A rank alone has nothing to gather or reduce: FSDP would only copy all weights twice and all gradients once. The
+    # layers of an MAE cast their weights themselves, to what the patch embedding begins with; others leave it to FSDP.
+    alone = mesh.size() == 1 and (config.precision == "fp32" or isinstance(model, MAE))
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block | CrossBlock)]
+    for block in blocks:
+        # The innermost first: what is compiled includes what is computed again, and neither FSDP's hooks.
+        block.forward = _compiled(_recomputed(block.forward, config), config)
+        if not alone:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     if alone:
-        model.patch_embed.compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        if isinstance(model, MAE):
+            model.patch_embed.compute_dtype = torch.bfloat16 if config.precision == "bf16" else None
         return
     # The root is handed images, of which the loss's targets are made: those stay in fp32.
     fully_shard(model, mesh=mesh, mp_policy=_policy(config, cast_inputs=False))

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer import parallel
-from trainer.config import TrainConfig
+from trainer.config import LoopConfig
 from trainer.guard import Verdict
 from trainer.metrics import StepRecord
 
@@ -80,7 +80,7 @@ class StepRead:
 class StepNumbers:
     """Collects the numbers of the steps since the last `read`."""
 
-    def __init__(self, config: TrainConfig, num_samples: int, device: torch.device) -> None:
+    def __init__(self, config: LoopConfig, num_samples: int, device: torch.device) -> None:
         self._config = config
         self._num_samples = num_samples
         self._device = device

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from trainer import parallel
 from trainer.average import EncoderAverage, ema_tensors
-from trainer.config import TrainConfig
+from trainer.config import LoopConfig, TrainConfig
 from trainer.errors import TrainingError
 from trainer.guard import StepGuard
 from trainer.mae import MAE, normalize
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 class Trainee:
     """What a run changes from step to step, all of it in its checkpoints."""
 
-    model: MAE
+    model: nn.Module
     optimizer: Optimizer
     guard: StepGuard
     average: EncoderAverage | None
+    losses: Callable[[Any], Tensor]
+    """The loss of each image of a micro-batch, which is on the device."""
 
     def extra_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside model and optimizer, by name."""
@@ -47,13 +50,14 @@ def build(config: TrainConfig, device: torch.device, mesh: DeviceMesh) -> Traine
     """The model with its initial weights, on the device and sharded over the mesh, and what goes with it."""
     model = build_sharded(config, device, mesh)
     average = EncoderAverage(model, config.optim.ema_decay) if config.optim.ema_decay is not None else None
-    return Trainee(model, build_optimizer(config, model), StepGuard(config, mesh, device), average)
+    guard = StepGuard(config, mesh, device)
+    return Trainee(model, build_optimizer(config, model), guard, average, partial(_mae_losses, config, model))
 
 
 def update(
-    config: TrainConfig,
+    config: LoopConfig,
     trainee: Trainee,
-    batches: Iterator[Batch],
+    batches: Iterator[Any],
     numbers: StepNumbers,
     *,
     step: int,
@@ -66,7 +70,8 @@ def update(
     Args:
         config: the recipe.
         trainee: from `build`.
-        batches: this rank's micro-batches; those of `step` are taken.
+        batches: this rank's micro-batches; those of `step` are taken. What each is, is between them and
+            `trainee.losses`; here it has what `Batch` has beside its tensors, and `sample_ids`.
         numbers: told about the step.
         step: updates completed before this one.
         lr: the rate of this one.
@@ -80,7 +85,7 @@ def update(
     # weighs an image by the world size over the global batch: the mean over the batch then comes out exactly.
     weight = parallel.world_size() / config.data.global_batch_size
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     device = next(model.parameters()).device
     last = False
     while not last:
@@ -88,7 +93,7 @@ def update(
         last = batch.micro_step == batch.num_micro_steps - 1
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
-        losses = _forward(config, model, batch)
+        losses = trainee.losses(batch)
         (losses.sum() * weight).backward()  # type: ignore[no-untyped-call]
         numbers.add(losses, batch.sample_ids)
         quarantined += batch.quarantined
@@ -101,7 +106,7 @@ def update(
     return quarantined
 
 
-def _next_batch(batches: Iterator[Batch], numbers: StepNumbers, step: int, device: torch.device) -> Batch:
+def _next_batch(batches: Iterator[Any], numbers: StepNumbers, step: int, device: torch.device) -> Any:
     """The next micro-batch, on the device; what it took is told to `numbers`."""
     started = time.perf_counter()
     batch = next(batches, None)
@@ -113,8 +118,8 @@ def _next_batch(batches: Iterator[Batch], numbers: StepNumbers, step: int, devic
     return batch
 
 
-def _forward(config: TrainConfig, model: MAE, batch: Batch) -> Tensor:
-    """The loss of each image of a micro-batch."""
+def _mae_losses(config: TrainConfig, model: MAE, batch: Batch) -> Tensor:
+    """How badly each image of a micro-batch was reconstructed."""
     augment = config.data.augment
     images = normalize(batch.images, augment.mean, augment.std)
     losses: Tensor = model(images, batch.kept_ids, batch.masked_ids)

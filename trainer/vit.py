@@ -168,21 +168,33 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, tokens: Float[Tensor, "B T D"], num_queries: int | None = None) -> Float[Tensor, "B Q D"]:
+    def forward(
+        self,
+        tokens: Float[Tensor, "B T D"],
+        num_queries: int | None = None,
+        branch_scales: Float[Tensor, "B 2"] | None = None,
+    ) -> Float[Tensor, "B Q D"]:
         """Transform tokens.
 
         Args:
             tokens: all tokens of each image.
             num_queries: how many of the last tokens are wanted, None for all. The others are attended to and then
                 dropped: the same result as dropping them afterwards, for less work.
+            branch_scales: what attention and MLP are multiplied by before each is added, an image at a time: drop
+                path, drawn by the caller, so that nothing here is random. None is 1.
 
         Returns:
             The last `num_queries` tokens, transformed.
         """
         attended = self.attn(self.norm1(tokens), num_queries)
+        if branch_scales is not None:
+            attended = attended * branch_scales[:, 0, None, None]
         tokens = tokens[:, -attended.shape[1] :] + attended
-        transformed: Tensor = tokens + self.mlp(self.norm2(tokens))
-        return transformed
+        transformed = self.mlp(self.norm2(tokens))
+        if branch_scales is not None:
+            transformed = transformed * branch_scales[:, 1, None, None]
+        added: Tensor = tokens + transformed
+        return added
 
 
 class CrossBlock(nn.Module):

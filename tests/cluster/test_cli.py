@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from failing import fails
 from PIL import Image
 
 from cluster.cli import COMMANDS, main
@@ -42,21 +43,6 @@ def dataset(photos, tmp_path):
     url = str(tmp_path / "dataset")
     assert main(["shard", str(folder), url, "--num-workers", "1", "--shard-bytes", "100000"]) == 0
     return url
-
-
-def fails(capsys, arguments, code, *parts):
-    """Run a command that must fail with `code` and a message that holds `parts`."""
-    capsys.readouterr()
-    try:
-        got = main([str(word) for word in arguments])
-    except SystemExit as stop:  # tyro ends the process for a wrong option
-        got = stop.code
-    captured = capsys.readouterr()
-    words = " ".join((captured.err + captured.out).replace("│", " ").split())
-    assert got == code, words
-    for part in parts:
-        assert part in words
-    assert "Traceback" not in words
 
 
 def test_bench_pipeline_measures_the_three_and_says_which_is_the_limit(dataset, capsys, tmp_path):

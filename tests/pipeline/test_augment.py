@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline.augment import draw_crops, draw_masks, replacement_ids, uniforms
+from pipeline.augment import centre_crops, draw_crops, draw_masks, replacement_ids, uniforms
 from pipeline.config import AugmentConfig
 from pipeline.hashing import hash64, stream_key
 
@@ -106,3 +106,20 @@ def test_bits_are_the_same_on_every_machine_and_release():
         [248, 337, 80],
     ]
     assert crops.flip.tolist() == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("image_size", "fraction", "expected"),
+    [
+        # height, width, top, left of a 512 x 384 and of a 300 x 500 (height x width) image
+        ((224, 224), 0.875, [(336, 336, 88, 24), (262, 262, 19, 119)]),
+        ((448, 448), 1.0, [(384, 384, 64, 0), (300, 300, 0, 100)]),
+        ((32, 64), 1.0, [(192, 384, 160, 0), (250, 500, 25, 0)]),
+    ],
+)
+def test_a_centre_crop_is_the_middle_of_the_image(image_size, fraction, expected):
+    config = AugmentConfig(image_size=image_size, patch_size=16)
+    heights, widths, zeros = np.array([512, 300]), np.array([384, 500]), np.zeros(2, np.int64)
+    crops = centre_crops(config, 3, zeros, zeros, heights, widths, 1, fraction=fraction)
+    assert list(zip(crops.height, crops.width, crops.top, crops.left, strict=True)) == expected
+    assert not crops.flip.any()

@@ -1,1 +1,1 @@
-"""What a trained model is worth: pictures now, numbers later."""
+"""What a trained model is worth: pictures of what it makes of images, and its accuracy as a classifier."""

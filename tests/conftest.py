@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,11 @@ from cluster.local_s3 import S3Server, runs_juicefs, start_juicefs, start_moto
 # The shapes in trainer's signatures are checked, here only. It must come before the first import of trainer.
 # Not for torch.compile, which cannot trace the checks: such a test runs in a process of its own.
 jaxtyping.install_import_hook(["trainer"], "beartype.beartype")
+
+# Clusters of tests are at this machine's outward address, where one without a token is refused. Ray reads both when it
+# is imported.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 SERVERS = ("moto", "juicefs")
 BUCKET = "tests"

@@ -1,0 +1,128 @@
+"""Where the faults are played: one S3 server, one dataset, one undisturbed run, and a cluster for each row."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cluster.demo_run import StepError, Terminal
+from cluster.local_s3 import S3Server, runs_juicefs, start_local_s3
+from pipeline.errors import StoreError
+from tests.chaos import measure
+from tests.chaos.faults import Row
+from tests.chaos.nodes import Cluster, NodeError
+from tests.chaos.scene import Job, Scene
+from tests.chaos.verify_resume import different_tensors, final_tensors
+from tests.pipeline.faulty_proxy import Faults, start_faulty_proxy
+
+BUCKET = "chaos"
+
+
+class S3:
+    """The S3 server of all runs, which can go and come back where it keeps its buckets on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = contextlib.ExitStack()
+        self.server = self._start(0)
+        os.environ.update(self.server.environment())
+        self.server.make_bucket(BUCKET)
+
+    def _start(self, port: int) -> S3Server:
+        return self._stack.enter_context(start_local_s3(self._folder, port))
+
+    @property
+    def down(self) -> Callable[[float], None] | None:
+        """A function that takes the server away for some seconds; None if its buckets would be lost."""
+        return self._down if runs_juicefs() else None
+
+    def _down(self, seconds: float) -> None:
+        self.close()
+        time.sleep(seconds)
+        self._start(int(self.server.endpoint.rpartition(":")[2]))
+
+    def close(self) -> None:
+        """Stop it."""
+        self._stack.close()
+
+
+@dataclass
+class Stage:
+    """Where the rows are played: the store, the dataset and the undisturbed run are the same for all."""
+
+    terminal: Terminal
+    job: Job
+    s3: S3
+    folder: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @cached_property
+    def undisturbed(self) -> measure.History:
+        """The same run with nothing done to it, on two nodes."""
+        with self.scene("undisturbed", num_nodes=2, num_workers="2", proxied=False) as scene:
+            scene.finish()
+        history = measure.read_history(scene.run)
+        wrong = measure.samples_wrong(history, self.job.dataset, self.job.num_steps)
+        if wrong:
+            raise StepError(f"the undisturbed run lost or repeated up to {wrong} samples")
+        return history
+
+    @contextlib.contextmanager
+    def scene(self, name: str, *, num_nodes: int, num_workers: str, proxied: bool) -> Iterator[Scene]:
+        """A cluster, and a run that begins on it."""
+        with contextlib.ExitStack() as stack:
+            proxy: Faults | None = None
+            endpoint: dict[str, str] = {}
+            if proxied:
+                proxy = stack.enter_context(start_faulty_proxy(self.s3.server.endpoint))
+                endpoint = {"AWS_ENDPOINT_URL": proxy.endpoint, "AWS_ENDPOINT_URL_S3": proxy.endpoint}
+            cluster = stack.enter_context(Cluster(endpoint))
+            cluster.start(num_nodes)
+            run = self.url(name)
+            yield stack.enter_context(
+                Scene(self.terminal, self.job, run, num_workers, cluster, self.folder, proxy, endpoint, self.s3.down)
+            )
+
+    def url(self, name: str) -> str:
+        """Of a run."""
+        return f"s3://{BUCKET}/runs/{name}"
+
+    def play(self, row: Row) -> None:
+        """One fault, and what came of it; what went wrong is a row too."""
+        self.terminal.title(row.what)
+        result: dict[str, Any] = {"name": row.name, "what": row.what, "notice": row.notice, "resized": row.resized}
+        try:
+            undisturbed = self.undisturbed
+            options = {"num_nodes": row.num_nodes, "num_workers": row.num_workers, "proxied": row.proxied}
+            with self.scene(row.name, **options) as scene:
+                row.disturb(scene)
+                scene.finish()
+            result |= self._measure(row, scene, undisturbed)
+        except (StepError, NodeError, StoreError) as error:
+            result["error"] = str(error)
+        self.rows.append(result)
+        self.terminal.say(", ".join(f"{name} {value}" for name, value in result.items() if name != "what"))
+
+    def _measure(self, row: Row, scene: Scene, undisturbed: measure.History) -> dict[str, Any]:
+        history, faults = measure.read_history(scene.run), scene.faults
+        different = different_tensors(
+            final_tensors(self.url("undisturbed"), self.job.num_steps),
+            final_tensors(scene.run, self.job.num_steps),
+        )
+        return {
+            "detected_s": measure.detected_s(history, faults),
+            "again_s": measure.again_s(history, faults),
+            "paused_s": measure.paused_s(history, faults),
+            "saved_s": measure.saved_s(history, faults) if row.notice else None,
+            "steps_lost": measure.steps_lost(history),
+            "samples_wrong": measure.samples_wrong(history, self.job.dataset, self.job.num_steps),
+            "same_weights": not different,
+            "loss_difference": measure.loss_difference(history, undisturbed),
+            **measure.summary(history),
+        }

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from cluster import bench_commands, dataset_commands, run_commands
+from cluster import bench_commands, dataset_commands, job_commands, run_commands, submit_command
 from cluster.options import CommandError, UsageError
 from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
 from trainer.errors import CheckpointError, RunError, TrainingError
@@ -25,6 +25,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": dataset_commands.verify,
     "inspect": dataset_commands.inspect,
     "pretrain": run_commands.pretrain,
+    "submit": submit_command.submit,
+    "status": job_commands.status,
+    "runs": job_commands.runs,
+    "logs": job_commands.logs,
+    "stop": job_commands.stop,
     "reconstruct": run_commands.reconstruct,
     "curve": run_commands.curve,
     "bench": bench_commands.bench,

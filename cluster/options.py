@@ -60,3 +60,15 @@ def report(numbers: dict[str, Any], as_json: bool) -> None:
     for name, value in numbers.items():
         table.add_row(f"[dim]{name}[/dim]", f"{value:,}" if isinstance(value, int) else str(value))
     Console().print(table, highlight=False)
+
+
+def amounts(resources: dict[str, float]) -> str:
+    """`2 CPU` or `2 CPU and 2 GPU`."""
+    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items() if amount or kind == "CPU")
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
+from cluster.options import amounts, duration
 from cluster.relay import News
 
 _PLAIN_EVERY_S = 10.0
@@ -70,7 +71,7 @@ class RunProgress:
         elif kind == "error":
             self._say(f"a worker failed: {_first_line(event['error'])}", "yellow")
         elif kind == "waiting":
-            need, have = (_amounts(event[side]) for side in ("need", "have"))
+            need, have = (amounts(event[side]) for side in ("need", "have"))
             self._say(f"waiting for workers: they need {need}; the cluster has {have} in all", "yellow")
         elif kind == "stopping":
             self._say(f"{event['signal']}: saving a checkpoint, then stopping; once more to stop at once", "yellow")
@@ -100,7 +101,7 @@ class RunProgress:
             "lr": f"{float(record['lr']):.2e}",
             "images/s": f"{float(record['images_per_s']):.0f}",
             "data wait": f"{waiting:.0%}",
-            "left": _duration(left_s),
+            "left": duration(left_s),
         }
         return Text.from_markup("  ".join(f"[dim]{name}[/dim] {value}" for name, value in cells.items()))
 
@@ -108,15 +109,3 @@ class RunProgress:
 def _first_line(error: str) -> str:
     line = error.partition("\n")[0]
     return escape(line if len(line) <= _ERROR_CHARS else f"{line[:_ERROR_CHARS]} ...")
-
-
-def _amounts(resources: dict[str, float]) -> str:
-    """`2 CPU` or `2 CPU and 2 GPU`."""
-    return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items() if amount or kind == "CPU")
-
-
-def _duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

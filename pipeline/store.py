@@ -174,6 +174,11 @@ class Store:
         entries = (Entry(path[skip:], num_bytes) for path, num_bytes in found if not is_temporary(path))
         return sorted(entries, key=lambda entry: entry.path)
 
+    def folders(self, prefix: str = "") -> builtins.list[str]:
+        """Names of the directories right below `url/prefix`, in order; what they hold is not listed. [] if none."""
+        with self._explained(prefix, or_root=True) as at:
+            return sorted(path.rsplit("/", 1)[-1] for path in self._backend.folders(at))
+
     def size(self, path: str) -> int:
         """Length in bytes. Raises StoreNotFoundError if absent."""
         with self._explained(path) as at:

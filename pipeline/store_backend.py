@@ -65,6 +65,9 @@ class Backend(Protocol):
     def find(self, path: str) -> Iterator[tuple[str, int]]:
         """Path and length in bytes of each object below the directory `path`."""
 
+    def folders(self, path: str) -> Iterator[str]:
+        """Path of each directory right below the directory `path`."""
+
     def size(self, path: str) -> int:
         """Length in bytes. FileNotFoundError or IsADirectoryError if it is no object."""
 

@@ -68,6 +68,11 @@ class LocalBackend:
                 with suppress(FileNotFoundError):  # renamed or removed by someone else while we walk
                     yield file, os.stat(file).st_size
 
+    def folders(self, path: str) -> Iterator[str]:
+        """Path of each directory right below the directory `path`."""
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as entries:
+            yield from (entry.path for entry in entries if entry.is_dir())
+
     def size(self, path: str) -> int:
         """Length in bytes."""
         if os.path.isdir(path):

@@ -131,6 +131,12 @@ class RemoteBackend:
         found: dict[str, dict[str, Any]] = self.request(self.filesystem.find, path, detail=True)
         return ((name, info["size"]) for name, info in found.items() if name.startswith(f"{path}/"))
 
+    def folders(self, path: str) -> Iterator[str]:
+        """Path of each directory right below the directory `path`."""
+        with suppress(FileNotFoundError):
+            found: list[dict[str, Any]] = self.request(self.filesystem.ls, path, detail=True)
+            yield from (info["name"].rstrip("/") for info in found if info["type"] == "directory")
+
     def size(self, path: str) -> int:
         """Length in bytes."""
         info = self.request(self.filesystem.info, path)

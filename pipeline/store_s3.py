@@ -116,12 +116,23 @@ class S3Backend(RemoteBackend):
     def find(self, path: str) -> Iterator[tuple[str, int]]:
         """Path and length in bytes of each object below the directory `path`."""
         bucket, key, _ = self.filesystem.split_path(path)
-        ask = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
-        while True:
-            page = self.request(self.filesystem.call_s3, "list_objects_v2", **ask)
+        for page in self.pages(Bucket=bucket, Prefix=f"{key}/" if key else ""):
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # a directory's placeholder
                     yield f"{bucket}/{item['Key']}", item["Size"]
+
+    def folders(self, path: str) -> Iterator[str]:
+        """Path of each directory right below the directory `path`, without what is below it."""
+        bucket, key, _ = self.filesystem.split_path(path)
+        for page in self.pages(Bucket=bucket, Prefix=f"{key}/" if key else "", Delimiter="/"):
+            for item in page.get("CommonPrefixes", []):
+                yield f"{bucket}/{item['Prefix']}".rstrip("/")
+
+    def pages(self, **ask: Any) -> Iterator[dict[str, Any]]:
+        """The pages of one listing, each a request."""
+        while True:
+            page: dict[str, Any] = self.request(self.filesystem.call_s3, "list_objects_v2", **ask)
+            yield page
             if not page.get("IsTruncated"):
                 return
             ask["ContinuationToken"] = page["NextContinuationToken"]

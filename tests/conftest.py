@@ -55,6 +55,8 @@ def no_cloud() -> Iterator[None]:
     """Neither the caller's credentials nor the cloud's metadata service: tests stay on loopback."""
     ours = {
         "AWS_EC2_METADATA_DISABLED": "true",
+        "GCE_METADATA_HOST": "127.0.0.1:1",
+        "TARMAC_AZURE_METADATA_ENDPOINT": "http://127.0.0.1:1",
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }

@@ -20,10 +20,12 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = "attempts"
 EVENTS = "events.jsonl"
+DRIVER_EVENTS = "driver.jsonl"
+"""What an attempt's driver tells, beside what its rank 0 does: one writer a file."""
 NUM_READS = 16
 
 _PART = re.compile(rf"{ATTEMPTS}/(\d+)/metrics-(\d+)\.jsonl")
-_EVENTS = re.compile(rf"{ATTEMPTS}/(\d+)/{re.escape(EVENTS)}")
+_EVENTS = re.compile(rf"{ATTEMPTS}/(\d+)/(?:{re.escape(EVENTS)}|{re.escape(DRIVER_EVENTS)})")
 
 
 class StepRecord(TypedDict):
@@ -133,12 +135,12 @@ class MetricsWriter:
 class EventLog:
     """An attempt's events, in one file that is written anew with each of them: they are few.
 
-    One log at a time may write an attempt's file; a new one goes on after the last.
+    One log at a time may write a file; a new one goes on after the last.
     """
 
-    def __init__(self, attempt: Store) -> None:
-        self._attempt = attempt
-        self._lines = attempt.read(EVENTS).decode().splitlines() if attempt.exists(EVENTS) else []
+    def __init__(self, attempt: Store, name: str = EVENTS) -> None:
+        self._attempt, self._name = attempt, name
+        self._lines = attempt.read(name).decode().splitlines() if attempt.exists(name) else []
         self._num_written = len(self._lines)
 
     def add(self, kind: str, **fields: Any) -> None:
@@ -160,7 +162,7 @@ class EventLog:
 
     def _write(self) -> None:
         if self._num_written < len(self._lines):
-            self._attempt.write(EVENTS, _join(self._lines))
+            self._attempt.write(self._name, _join(self._lines))
             self._num_written = len(self._lines)
 
 
@@ -245,8 +247,9 @@ def read_metrics(run: Store) -> list[StepRecord]:
 
 
 def read_events(run: Store) -> list[Event]:
-    """The events of all attempts, each with its `attempt`, in the order in which they were written."""
-    return [{**event, "attempt": attempt} for (attempt, *_), events in _read_lines(run, _EVENTS) for event in events]
+    """The events of all attempts, each with its `attempt`: by attempt, and within one in the order of their times."""
+    found = [{**event, "attempt": attempt} for (attempt, *_), events in _read_lines(run, _EVENTS) for event in events]
+    return sorted(found, key=lambda event: (event["attempt"], event["time"]))
 
 
 def _to_json(record: Mapping[str, Any]) -> str:
@@ -261,10 +264,20 @@ def _with_nan(record: dict[str, Any]) -> StepRecord:
     return cast(StepRecord, {name: math.nan if value is None else value for name, value in record.items()})
 
 
+def list_parts(run: Store) -> list[tuple[int, str]]:
+    """Attempt and path of every part of the step records, in the order in which they were written."""
+    return [(attempt, path) for (attempt, *_), path in _find(run, _PART)]
+
+
+def _find(run: Store, name: re.Pattern[str]) -> list[tuple[tuple[int, ...], str]]:
+    """The numbers in the name, and the path, of every file of the attempts that is called so, in number order."""
+    matches = {entry.path: match for entry in run.list(ATTEMPTS) if (match := name.fullmatch(entry.path))}
+    return sorted((tuple(int(group) for group in match.groups()), path) for path, match in matches.items())
+
+
 def _read_lines(run: Store, name: re.Pattern[str]) -> list[tuple[tuple[int, ...], list[Any]]]:
     """The numbers in the name, and the lines, of every file of the attempts that is called so, in number order."""
-    numbers = {entry.path: match for entry in run.list(ATTEMPTS) if (match := name.fullmatch(entry.path))}
-    found = sorted((tuple(int(group) for group in match.groups()), path) for path, match in numbers.items())
+    found = _find(run, name)
     with ThreadPoolExecutor(NUM_READS) as pool:
         texts = pool.map(run.read, [path for _, path in found])
         return [

@@ -62,6 +62,16 @@ def open_run(run: Store, config: TrainConfig, manifest_digest: str) -> RunRecord
         record = RunRecord(config, manifest_digest, _versions())
         if run.create(RUN, record.to_json()):
             return record
+    return check_same(run, config, manifest_digest)
+
+
+def check_same(run: Store, config: TrainConfig, manifest_digest: str) -> RunRecord:
+    """Check that the run at this URL has this recipe and this dataset, and return its record. Writes nothing.
+
+    Raises:
+        RunMismatchError: it has not; the message lists every difference.
+        RunError: there is no run, or its record cannot be read.
+    """
     record = read_run(run)
     found = differences(record.config, config)
     if record.manifest_digest != manifest_digest:

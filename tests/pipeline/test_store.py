@@ -75,6 +75,16 @@ def test_absent_objects_and_directories(store: Store) -> None:
     assert store.list("fil") == []
 
 
+def test_folders_are_those_right_below(store: Store) -> None:
+    for name in NAMES:
+        store.write(name, b"x")
+    assert store.folders() == ["dir", "dir.d"]
+    assert store.folders("dir") == ["sub"]
+    assert store.child("dir").folders("sub") == []
+    assert store.folders("nothing") == []
+    assert store.folders("plain") == []
+
+
 def test_remove_and_remove_tree(store: Store) -> None:
     for name in ("a/1", "a/b/2", "ab/3", "c"):
         store.write(name, b"x")

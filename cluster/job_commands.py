@@ -1,0 +1,262 @@
+"""The commands about runs that go on somewhere else: status, runs, logs, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from cluster.options import CommandError, UsageError, check_at_least, duration, parse, report, say
+
+if TYPE_CHECKING:
+    from cluster.ray_jobs import Job, RayJobs
+    from cluster.run_state import RunState
+    from pipeline.store import Store
+
+_POLL_S = 1.0
+_DRIVEN = ("starting", "waiting", "running", "stopping")
+
+
+def _default_address() -> str | None:
+    return os.environ.get("RAY_API_SERVER_ADDRESS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """Show what a run is doing, from its bucket alone; with --address also its job on that cluster.
+
+    Example: tarmac status s3://bucket/runs/b
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """URL of the run."""
+    address: str | None = None
+    """URL of a cluster's Ray dashboard, as in http://HEAD:8265."""
+    json: bool = False
+    """Print it as JSON."""
+
+
+def status(arguments: list[str]) -> int:
+    """Show what a run is doing."""
+    options = parse(StatusOptions, arguments, "status")
+    from cluster.run_state import read_state
+    from pipeline.store import Store
+
+    run = Store(options.run)
+    state = read_state(run)
+    job: dict[str, Any] = {}
+    if options.address is not None:
+        found = _newest_job(_jobs(options.address), run)
+        job = {"job": found.id if found else None, "job_status": str(found.status) if found else None}
+    if options.json:
+        report(asdict(state) | job, as_json=True)
+    else:
+        report(_words(state) | {name: value or "none" for name, value in job.items()}, as_json=False)
+    return 0
+
+
+def _words(state: RunState) -> dict[str, Any]:
+    """The lines of `status`."""
+    total = f" of {state.num_steps:,}" if state.num_steps else ""
+    lines = {
+        "run": state.run,
+        "state": state.state + (f": {state.reason}" if state.reason else ""),
+        "step": f"{state.step:,}{total}",
+        **_numbers(state),
+        "attempts": state.attempts,
+        "goodput": _percent(state.goodput),
+        "last word": f"{duration(state.age_s)} ago" if state.age_s is not None else "",
+        "driver": state.driver or "",
+        "workers": ", ".join(state.workers),
+    }
+    return {name: value for name, value in lines.items() if value != ""}
+
+
+def _numbers(state: RunState) -> dict[str, str]:
+    return {
+        "epoch": f"{state.epoch:.2f}",
+        "loss": f"{state.loss:.4f}" if state.loss is not None else "",
+        "images/s": f"{state.images_per_s:,.0f}" if state.images_per_s is not None else "",
+    }
+
+
+def _percent(share: float | None) -> str:
+    return f"{share:.1%}" if share is not None else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsOptions:
+    """Show all runs below a URL in a table.
+
+    Example: tarmac runs s3://bucket/runs
+    """
+
+    url: Annotated[str, tyro.conf.Positional]
+    """Where to look."""
+    depth: int = 3
+    """Levels of folders below the URL that are looked through."""
+    json: bool = False
+    """Print them as JSON."""
+
+
+def runs(arguments: list[str]) -> int:
+    """Show all runs below a URL."""
+    options = parse(RunsOptions, arguments, "runs")
+    check_at_least(options, depth=0)
+    from cluster.run_state import read_states
+    from pipeline.store import Store
+
+    root = Store(options.url)
+    states = read_states(root, options.depth)
+    if options.json:
+        json.dump([asdict(state) for state in states], sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return 0
+    if not states:
+        say(Console(stderr=True), f"no run in {options.depth} levels of folders below {root}")
+        return 0
+    columns = ("run", "state", "step", "epoch", "loss", "images/s", "attempts", "goodput", "age")
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
+    for state in states:
+        name = state.run.removeprefix(str(root)).lstrip("/") or state.run
+        step = f"{state.step:,}/{state.num_steps:,}" if state.num_steps else f"{state.step:,}"
+        age = duration(state.age_s) if state.age_s is not None else ""
+        cells = (*_numbers(state).values(), str(state.attempts), _percent(state.goodput), age)
+        table.add_row(name, state.state, step, *cells)
+    Console().print(table, highlight=False)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogsOptions:
+    """Print what the driver of a run printed: the log of its newest job on a cluster.
+
+    Example: tarmac logs s3://bucket/runs/b --address http://head:8265 --follow
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """URL of the run."""
+    address: str | None = field(default_factory=_default_address)
+    """URL of the cluster's Ray dashboard, as in http://HEAD:8265."""
+    follow: bool = False
+    """Go on until the job ends."""
+    json: bool = False
+    """Print job, status and log as JSON."""
+
+
+def logs(arguments: list[str]) -> int:
+    """Print the log of a run's job."""
+    options = parse(LogsOptions, arguments, "logs")
+    if options.follow and options.json:
+        raise UsageError("--json prints a log that is there, and --follow one that grows; give one of them")
+    from pipeline.store import Store
+
+    jobs, run = _jobs(options.address), Store(options.run)
+    job = _newest_job(jobs, run)
+    if job is None:
+        raise CommandError(f"the cluster at {jobs.address} knows no job of {run}; was it submitted to another one?")
+    if options.follow:
+        asyncio.run(_follow_log(jobs, job))
+    elif options.json:
+        report({"job": job.id, "job_status": str(job.status), "log": jobs.log(job.id)}, as_json=True)
+    else:
+        sys.stdout.write(jobs.log(job.id))
+    return 0
+
+
+async def _follow_log(jobs: RayJobs, job: Job) -> None:
+    async for text in jobs.follow_log(job.id):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopOptions:
+    """Ask a run to save a checkpoint and stop, wherever it is driven: the request is an object in its bucket.
+
+    Example: tarmac stop s3://bucket/runs/b --wait
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    """URL of the run."""
+    wait: bool = False
+    """Until nobody drives it any more."""
+    now: bool = False
+    """Have Ray end the driver's process too, which gets a few seconds and may not save; needs --address."""
+    address: str | None = field(default_factory=_default_address)
+    """URL of the cluster's Ray dashboard, as in http://HEAD:8265."""
+    json: bool = False
+    """Print the run's state as JSON."""
+
+
+def stop(arguments: list[str]) -> int:
+    """Ask a run to save a checkpoint and stop."""
+    options = parse(StopOptions, arguments, "stop")
+    from cluster.run_state import read_state
+    from cluster.stop_request import ask_to_stop
+    from pipeline.store import Store
+
+    run = Store(options.run)
+    jobs = _jobs(options.address) if options.now else None
+    state = read_state(run)
+    if state.state != "finished":
+        ask_to_stop(run)
+        if jobs is not None:
+            _stop_now(jobs, run)
+        if options.wait:
+            _wait_until_undriven(run)
+        state = read_state(run)
+    if options.json:
+        report(asdict(state), as_json=True)
+    else:
+        say(Console(), _stop_answer(state))
+    return 0
+
+
+def _stop_now(jobs: RayJobs, run: Store) -> None:
+    from cluster.submit import active_job
+
+    job = active_job(jobs, run.url)
+    if job is None:
+        raise CommandError(f"the cluster at {jobs.address} runs no job of {run}; the request in the bucket stays")
+    jobs.stop(job.id)
+
+
+def _wait_until_undriven(run: Store) -> None:
+    from cluster.run_state import read_state
+
+    while read_state(run).state in _DRIVEN:
+        time.sleep(_POLL_S)
+
+
+def _stop_answer(state: RunState) -> str:
+    if state.state == "finished":
+        return f"finished: {state.run} is at step {state.step}"
+    if state.state in _DRIVEN:
+        return f"asked: {state.run} saves a checkpoint and stops; `tarmac stop --wait` waits for it"
+    return f"nobody drives {state.run} ({state.state}, step {state.step}); it stays so until it is submitted again"
+
+
+def _jobs(address: str | None) -> RayJobs:
+    if address is None:
+        raise UsageError("needs --address, the URL of the cluster's Ray dashboard, as in http://HEAD:8265")
+    from cluster.ray_jobs import RayJobs
+
+    return RayJobs(address)
+
+
+def _newest_job(jobs: RayJobs, run: Store) -> Job | None:
+    from cluster.submit import job_prefix
+
+    found = jobs.named(job_prefix(run.url))
+    return found[-1] if found else None

@@ -1,0 +1,185 @@
+"""Ray's Jobs API of one cluster: submit, look, stop, read logs. Every request has a deadline."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from cluster.options import CommandError, UsageError
+
+_REQUEST_S = 30.0
+_NOT_FOUND = "status code 404"
+_OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Ray lets these win over the address that it is given."""
+
+
+class NoAnswerError(CommandError):
+    """No cluster answers at the address, or not as one does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One submission, as the cluster knows it."""
+
+    id: str
+    status: JobStatus
+    exit_code: int | None
+    error_type: str | None
+    """Why Ray itself could not run it to an exit code."""
+    message: str
+    metadata: dict[str, str]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it waits or runs."""
+        return not self.status.is_terminal()
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client waits for ever for a head that has gone silent."""
+
+    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+        response: requests.Response = super()._do_request(method, endpoint, timeout=_REQUEST_S, **kwargs)
+        return response
+
+
+class RayJobs:
+    """The jobs of the cluster whose dashboard is at a URL.
+
+    With RAY_AUTH_MODE=token the client sends the token that Ray finds in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
+    ~/.ray/auth_token.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Raises UsageError for an address that is no dashboard's."""
+        self.address = check_address(address)
+        self._connected: _Client | None = None
+
+    def ray_version(self) -> str:
+        """Of the cluster. Raises NoAnswerError."""
+        with _explained(self.address):
+            return str(self._client()._server_ray_version)
+
+    def submit(self, **request: Any) -> str:
+        """Upload and start a job; returns its id. Arguments as of Ray's `submit_job`. Raises NoAnswerError."""
+        with _explained(self.address):
+            return str(self._client().submit_job(**request))
+
+    def get(self, job_id: str) -> Job | None:
+        """The job, or None if this cluster has never heard of it. Raises NoAnswerError."""
+        with _explained(self.address):
+            try:
+                return _job(self._client().get_job_info(job_id))
+            except RuntimeError as error:
+                if _NOT_FOUND in str(error):
+                    return None
+                raise
+
+    def named(self, prefix: str) -> list[Job]:
+        """Jobs whose id is `prefix` and a number, by number. Raises NoAnswerError."""
+        with _explained(self.address):
+            found = [_job(details) for details in self._client().list_jobs() if details.submission_id]
+        pattern = re.compile(rf"{re.escape(prefix)}(\d+)")
+        numbered = {int(match[1]): job for job in found if (match := pattern.fullmatch(job.id))}
+        return [numbered[number] for number in sorted(numbered)]
+
+    def stop(self, job_id: str) -> bool:
+        """End the job's process; whether it ran. Raises NoAnswerError."""
+        with _explained(self.address):
+            return bool(self._client().stop_job(job_id))
+
+    def log(self, job_id: str) -> str:
+        """All that the job has printed. Raises NoAnswerError."""
+        with _explained(self.address):
+            return str(self._client().get_job_logs(job_id))
+
+    async def follow_log(self, job_id: str) -> AsyncIterator[str]:
+        """What the job has printed, and prints until it ends. Raises NoAnswerError."""
+        with _explained(self.address):
+            async for text in self._client().tail_job_logs(job_id):
+                yield text
+
+    def _client(self) -> _Client:
+        if self._connected is None:
+            for name in ("dashboard_sdk", "job.sdk"):
+                logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.getLogger().getEffectiveLevel())
+            with _without(_OVERRIDES):
+                self._connected = _Client(self.address)
+        return self._connected
+
+
+def check_address(address: str) -> str:
+    """The address if it is the URL of a dashboard, without its last slash. Raises UsageError."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(
+            f"--address ({address}) must be the URL of the cluster's Ray dashboard, as in http://HEAD:8265"
+        )
+    if "@" in parts.netloc or parts.query:
+        raise UsageError(
+            f"--address ({parts.scheme}://{parts.netloc.rpartition('@')[2]}) must have no user, password or query; "
+            "Ray's own authentication is RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH"
+        )
+    return address.rstrip("/")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether the cluster is on this machine."""
+    host = urlsplit(address).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _job(details: JobDetails) -> Job:
+    return Job(
+        id=str(details.submission_id),
+        status=details.status,
+        exit_code=details.driver_exit_code,
+        error_type=str(details.error_type) if details.error_type else None,
+        message=details.message or "",
+        metadata=dict(details.metadata or {}),
+    )
+
+
+@contextmanager
+def _explained(address: str) -> Iterator[None]:
+    """Ray's client raises what its libraries do, and RuntimeError for an answer that it did not expect."""
+    try:
+        yield
+    except AuthenticationError as error:
+        reason = str(error).partition("\n")[0]
+        raise CommandError(
+            f"the cluster at {address} wants Ray's authentication token ({reason}); "
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, or put the token into ~/.ray/auth_token"
+        ) from error
+    except (OSError, RuntimeError, ValueError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise NoAnswerError(
+            f"no Ray cluster answers at {address} ({reason}); give the URL of its dashboard, "
+            "and check that this machine can reach it"
+        ) from error
+
+
+@contextmanager
+def _without(names: tuple[str, ...]) -> Iterator[None]:
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

@@ -1,0 +1,202 @@
+"""What a run is doing, from its bucket alone: a few small objects a run, whatever its length."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.lease import LeaseRecord, is_stale, read_lease
+from cluster.options import amounts
+from cluster.stop_request import stop_asked
+from pipeline.errors import StoreNotFoundError
+from pipeline.store import Store
+from trainer.config import TrainConfig, num_steps
+from trainer.errors import RunError
+from trainer.metrics import ATTEMPTS, EVENTS, NUM_READS, Event
+from trainer.run_files import RUN, read_run
+
+DRIVER_EVENTS = "driver.jsonl"
+
+StateName = Literal[
+    "new", "starting", "waiting", "running", "stopping", "stopped", "finished", "failed", "lost", "unreadable"
+]
+"""`new`: no attempt yet; `waiting`: for workers; `lost`: its driver is gone, and left no reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """One run, as `tarmac status` and `tarmac runs` show it."""
+
+    run: str
+    state: StateName
+    reason: str | None = None
+    """Why it failed, what it waits for, since when the driver is gone."""
+    step: int = 0
+    """Of the newest record."""
+    num_steps: int | None = None
+    """Of the whole run; None until the first record tells how long the dataset is."""
+    epoch: float = 0.0
+    loss: float | None = None
+    images_per_s: float | None = None
+    attempts: int = 0
+    goodput: float | None = None
+    """Share of the time since the run began that trained for good."""
+    age_s: float | None = None
+    """Time since the newest record or event."""
+    driver: str | None = None
+    """Host and process id of who drives it, or drove it last."""
+    workers: tuple[str, ...] = ()
+    """Host of each worker of the newest attempt, by rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Newest:
+    """What the newest attempts left."""
+
+    num_attempts: int
+    events: list[Event]
+    """Of the newest attempt, in the order of their times."""
+    record: dict[str, Any] | None
+    """The newest of all attempts."""
+
+    def last(self, *kinds: str) -> Event | None:
+        """The newest event of one of these kinds."""
+        return next((event for event in reversed(self.events) if event["event"] in kinds), None)
+
+
+def read_state(run: Store) -> RunState:
+    """What the run at this URL is doing.
+
+    Raises:
+        RunError: there is no run.
+        StoreError: the bucket does not answer.
+    """
+    config, newest, lease = read_run(run).config, _read_newest(run), read_lease(run)
+    held = lease is not None and not is_stale(lease)
+    state, reason = _judge(newest, lease if held else None, held and stop_asked(run))
+    if state == "lost" and lease is not None:
+        reason = f"its driver was last heard of {time.time() - lease.renewed:.0f} s ago"
+    record = newest.record or {}
+    times = [item["time"] for item in (newest.record, newest.events[-1] if newest.events else None) if item]
+    start = newest.last("start")
+    return RunState(
+        run=str(run),
+        state=state,
+        reason=reason,
+        step=record.get("step", 0),
+        num_steps=_total(config, newest.record),
+        epoch=record.get("epoch", 0.0),
+        loss=record.get("loss"),
+        images_per_s=record.get("images_per_s"),
+        attempts=newest.num_attempts,
+        goodput=_goodput(run) if newest.num_attempts else None,
+        age_s=time.time() - max(times) if times else None,
+        driver=f"{lease.host}:{lease.pid}" if lease else None,
+        workers=tuple(start.get("hosts", ())) if start else (),
+    )
+
+
+def read_states(root: Store, max_depth: int) -> list[RunState]:
+    """The state of every run at or below a URL, in the order of their URLs.
+
+    Args:
+        root: where to look.
+        max_depth: levels of folders that are looked through; nothing below a run is.
+    """
+    with ThreadPoolExecutor(NUM_READS) as pool:
+        return sorted(pool.map(_read_or_tell, _find_runs(root, max_depth, pool)), key=lambda state: state.run)
+
+
+def _read_or_tell(run: Store) -> RunState:
+    try:
+        return read_state(run)
+    except (RunError, KeyError, ValueError) as error:
+        return RunState(run=str(run), state="unreadable", reason=str(error))
+
+
+def _find_runs(root: Store, max_depth: int, pool: ThreadPoolExecutor) -> list[Store]:
+    level, found = [root], []
+    for _ in range(max_depth + 1):
+        are_runs = list(pool.map(lambda store: store.exists(RUN), level))
+        found += [store for store, is_run in zip(level, are_runs, strict=True) if is_run]
+        others = [store for store, is_run in zip(level, are_runs, strict=True) if not is_run]
+        names = pool.map(lambda store: store.folders(), others)
+        level = [store.child(name) for store, below in zip(others, names, strict=True) for name in below]
+    return found
+
+
+def _read_newest(run: Store) -> _Newest:
+    """The newest attempt's events, and the newest record, which may be an earlier attempt's."""
+    attempts = sorted((name for name in run.folders(ATTEMPTS) if name.isdecimal()), key=int)
+    events: list[Event] = []
+    record: dict[str, Any] | None = None
+    for attempt in reversed(attempts):
+        directory = f"{ATTEMPTS}/{attempt}"
+        names = [entry.path for entry in run.list(directory)]
+        if attempt == attempts[-1]:
+            events = [event for name in (EVENTS, DRIVER_EVENTS) for event in _lines(run, f"{directory}/{name}", names)]
+        parts = [name for name in names if name.startswith(f"{directory}/metrics-")]
+        if parts:
+            record = _lines(run, parts[-1], parts)[-1]
+            break
+    return _Newest(num_attempts=len(attempts), events=sorted(events, key=lambda item: item["time"]), record=record)
+
+
+def _lines(run: Store, path: str, names: Iterable[str]) -> list[dict[str, Any]]:
+    """The JSON lines of an object that is among `names`; none if it has gone since."""
+    if path not in names:
+        return []
+    try:
+        return [json.loads(line) for line in run.read(path).splitlines()]
+    except StoreNotFoundError:
+        return []
+
+
+def _judge(newest: _Newest, lease: LeaseRecord | None, stopping: bool) -> tuple[StateName, str | None]:
+    """State and reason. `lease` is None if nobody holds the run now."""
+    ended, stop = newest.last("asked", "ended"), newest.last("stop")
+    outcome = ended.get("outcome") if ended else None
+    if outcome == "finished" or (stop is not None and stop["reason"] == "finished"):
+        return "finished", None
+    if outcome == "stopped" or (ended is None and stop is not None and stop["reason"] == "stopped"):
+        return "stopped", "asked to; submit it again to go on"
+    return _judge_driven(newest, stopping) if lease is not None else _judge_left(newest, outcome)
+
+
+def _judge_left(newest: _Newest, outcome: str | None) -> tuple[StateName, str | None]:
+    stop, lost = newest.last("stop"), newest.last("lost")
+    if outcome == "lost":
+        return "failed", str(lost["error"]).partition("\n")[0] if lost else None
+    if stop is not None and stop["reason"] not in ("finished", "stopped"):
+        return "failed", f"{stop['reason']} at step {stop['step']}"
+    if newest.num_attempts == 0:
+        return "new", "no driver has begun it"
+    return "lost", "nobody drives it"
+
+
+def _judge_driven(newest: _Newest, stopping: bool) -> tuple[StateName, str | None]:
+    now = newest.last("asked", "waiting", "placed", "start", "lost", "ended")
+    if stopping:
+        return "stopping", "asked to; saves a checkpoint first"
+    if now is not None and now["event"] == "waiting":
+        return "waiting", f"for workers: they need {amounts(now['need'])}; the cluster has {amounts(now['have'])}"
+    if now is not None and now["event"] == "start":
+        return "running", None
+    return "starting", None
+
+
+def _goodput(run: Store) -> float | None:
+    return None
+
+
+def _total(config: TrainConfig, record: dict[str, Any] | None) -> int | None:
+    """Steps of the whole run. A record tells how many images the dataset has."""
+    if config.optim.num_steps is not None:
+        return config.optim.num_steps
+    if record is None:
+        return None
+    return num_steps(config, round(record["samples_seen"] / record["epoch"]))

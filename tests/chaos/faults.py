@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.cloud_notices import Cloud
 from cluster.demo_run import StepError
 from tests.chaos.nodes import send
 from tests.chaos.scene import PATIENCE_S, Scene
@@ -22,6 +23,7 @@ from trainer.checkpoint_commit import step_directory
 
 BACK_WITHIN_S = 20.0
 NOTICE_S = 30.0
+EC2_NOTICE_S = 120.0
 SHORT_NOTICE_S = 15.0
 OUTAGE_S = 60.0
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
@@ -47,6 +49,8 @@ class Row:
     back_within_s: float | None = None
     """Longest time until training goes on."""
     max_cadences_lost: int = 1
+    cloud: Cloud | None = None
+    """The nodes have its metadata service."""
     proxied: bool = False
     """The store is behind a proxy that lets the row see the requests."""
 
@@ -88,6 +92,15 @@ def node_drained(scene: Scene) -> None:
     scene.strike(f"drain of {node.name}, {NOTICE_S:g} s", lambda: scene.cluster.drain(node, NOTICE_S))
     while time.monotonic() < deadline and scene.driver.code is None:
         time.sleep(0.5)
+    scene.cluster.lose(node)
+
+
+def cloud_notice(scene: Scene) -> None:
+    """EC2's metadata service says that the instance goes in two minutes."""
+    scene.wait_for_step(strike_step(scene))
+    node = scene.rank_node(1)
+    scene.strike(f"spot notice to {node.name}", lambda: scene.metadata[node.name].notify(time.time() + EC2_NOTICE_S))
+    scene.wait_for_attempt(2)
     scene.cluster.lose(node)
 
 
@@ -227,6 +240,7 @@ ROWS = (
     Row("raylet-killed", "SIGKILL a raylet", raylet_killed, back_within_s=BACK_WITHIN_S),
     Row("node-terminated", "SIGTERM a node", node_terminated, notice=True),
     Row("node-drained", "drain, notice of 30 s", node_drained, notice=True),
+    Row("cloud-notice", "cloud metadata notice (EC2)", cloud_notice, notice=True, cloud="ec2"),
     Row("driver-killed", "SIGKILL the driver", driver_killed),
     Row("cluster-killed", "SIGKILL the whole cluster, start another", cluster_killed),
     Row("save-killed", "SIGKILL during a save", killed_during_save, proxied=True),

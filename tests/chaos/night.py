@@ -8,28 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.demo_run import StepError
-from pipeline.errors import StoreError
 from tests.chaos import measure
-from tests.chaos.nodes import ROOT, Cluster, NodeError, ray_environment
+from tests.chaos.faults import Row
+from tests.chaos.nodes import ROOT, Cluster, ray_environment
 from tests.chaos.scene import PATIENCE_S
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.chaos.stage import Stage
+from tests.chaos.stage import FAILURES, Stage
 
 EVERY_S = 120.0
 FIRST_S = 60.0
 NOTICE_S = 30.0
 NUM_STEPS = 10**6
 POLL_S = 1.0
+NIGHT = Row("night", "a bad night", lambda scene: None)
 Steps = list[tuple[int, float]]
 """Number and end of every step."""
 
@@ -56,7 +53,7 @@ def bad_night(stage: Stage, minutes: float) -> list[dict[str, Any]]:
         try:
             with contender(stage, row) as night:
                 row |= endure(stage, night, minutes)
-        except (StepError, NodeError, StoreError) as error:
+        except FAILURES as error:
             row["error"] = str(error)
         rows.append(row)
         stage.terminal.say(", ".join(f"{name} {value}" for name, value in row.items()))
@@ -67,7 +64,7 @@ def bad_night(stage: Stage, minutes: float) -> list[dict[str, Any]]:
 def ours(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
     """`tarmac pretrain`; stopped in the morning, it has to end in order and to have every sample once."""
     night = replace(stage, job=replace(stage.job, num_steps=NUM_STEPS))
-    with night.scene("night", num_nodes=3, num_workers="2", proxied=False) as scene:
+    with night.scene(NIGHT) as scene:
 
         def steps() -> Steps:
             return [(record["step"], record["time"]) for _, record in measure.read_history(scene.run).records]
@@ -90,7 +87,7 @@ def ray_pattern(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
     out.mkdir()
     with Cluster({}) as cluster:
         cluster.start(3)
-        words = ("--like", stage.url("night"), "--data", stage.job.dataset, "--out", str(out))
+        words = ("--like", stage.url(NIGHT.name), "--data", stage.job.dataset, "--out", str(out))
         with (out / "driver.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.chaos.ray_pattern", *words],

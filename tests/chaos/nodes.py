@@ -98,6 +98,8 @@ class Cluster:
 
     environment: Mapping[str, str]
     """Added to ours, for every node: what workers need to find the store."""
+    by_node: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Added for single nodes, by name."""
     nodes: list[Node] = field(default_factory=list)
     """Those that are not lost, the head first."""
 
@@ -164,11 +166,11 @@ class Cluster:
         # Its own address: Ray takes two raylets on one address for two of the same machine.
         address = f"--node-ip-address=127.0.0.{1 + self._num_started}"
         ports = ("--min-worker-port=0", "--max-worker-port=0")
-        log = self.folder / f"{name}.log"
+        log, own = self.folder / f"{name}.log", self.by_node.get(name, {})
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [str(ray), "start", *options, *common, address, *ports],
-                env=os.environ | ray_environment() | dict(self.environment) | {"PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **ray_environment(), **self.environment, **own, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

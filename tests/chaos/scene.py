@@ -15,6 +15,7 @@ from typing import Any
 from cluster.demo_run import RunWatcher, StepError, Terminal, stop
 from pipeline.store import Store
 from tests.chaos.nodes import ROOT, Cluster, Node, NodeError, ray_environment, send
+from tests.cluster.metadata_server import MetadataServer
 from tests.pipeline.faulty_proxy import Faults
 from trainer.metrics import Event
 
@@ -94,6 +95,8 @@ class Scene:
     """The proxy in front of the store, in the rows that watch requests."""
     endpoint: Mapping[str, str] = field(default_factory=dict)
     """Environment with which drivers and workers find the store."""
+    metadata: Mapping[str, MetadataServer] = field(default_factory=dict)
+    """The cloud's metadata service of each node, in the rows that have a cloud."""
     store_down: Callable[[float], None] | None = None
     """Takes the store away for some seconds."""
     faults: list[float] = field(default_factory=list)
@@ -177,7 +180,10 @@ class Scene:
 
     def last_event(self, kind: str) -> Event:
         """The newest of its kind."""
-        return next(event for event in reversed(self.watcher.events) if event["event"] == kind)
+        found = next((event for event in reversed(self.watcher.events) if event["event"] == kind), None)
+        if found is None:
+            raise StepError(f"{self.run} has no event {kind!r}")
+        return found
 
     def finish(self, patience_s: float = PATIENCE_S) -> None:
         """Until the newest driver has ended well. StepError if it ends otherwise, or not in time."""

@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from cluster.demo_run import StepError, Terminal
-from cluster.local_s3 import S3Server, runs_juicefs, start_local_s3
+from cluster.local_s3 import LocalS3Error, S3Server, runs_juicefs, start_local_s3
 from pipeline.errors import StoreError
 from tests.chaos import measure
 from tests.chaos.faults import Row
 from tests.chaos.nodes import Cluster, NodeError
 from tests.chaos.scene import Job, Scene
 from tests.chaos.verify_resume import different_tensors, final_tensors
+from tests.cluster.metadata_server import MetadataServer, serve_metadata
 from tests.pipeline.faulty_proxy import Faults, start_faulty_proxy
 
 BUCKET = "chaos"
+FAILURES = (StepError, NodeError, StoreError, LocalS3Error, OSError)
+"""What may go wrong in a row; it is told in the table, and the next row is played."""
+UNDISTURBED = Row("undisturbed", "nothing", lambda scene: None, num_nodes=2)
 
 
 class S3:
@@ -65,7 +69,7 @@ class Stage:
     @cached_property
     def undisturbed(self) -> measure.History:
         """The same run with nothing done to it, on two nodes."""
-        with self.scene("undisturbed", num_nodes=2, num_workers="2", proxied=False) as scene:
+        with self.scene(UNDISTURBED) as scene:
             scene.finish()
         history = measure.read_history(scene.run)
         wrong = measure.samples_wrong(history, self.job.dataset, self.job.num_steps)
@@ -74,20 +78,24 @@ class Stage:
         return history
 
     @contextlib.contextmanager
-    def scene(self, name: str, *, num_nodes: int, num_workers: str, proxied: bool) -> Iterator[Scene]:
+    def scene(self, row: Row) -> Iterator[Scene]:
         """A cluster, and a run that begins on it."""
         with contextlib.ExitStack() as stack:
             proxy: Faults | None = None
             endpoint: dict[str, str] = {}
-            if proxied:
+            if row.proxied:
                 proxy = stack.enter_context(start_faulty_proxy(self.s3.server.endpoint))
                 endpoint = {"AWS_ENDPOINT_URL": proxy.endpoint, "AWS_ENDPOINT_URL_S3": proxy.endpoint}
-            cluster = stack.enter_context(Cluster(endpoint))
-            cluster.start(num_nodes)
-            run = self.url(name)
-            yield stack.enter_context(
-                Scene(self.terminal, self.job, run, num_workers, cluster, self.folder, proxy, endpoint, self.s3.down)
-            )
+            metadata: dict[str, MetadataServer] = {}
+            if row.cloud is not None:
+                names = [f"node-{number}" for number in range(1, row.num_nodes + 1)]
+                metadata = {name: stack.enter_context(serve_metadata(row.cloud)) for name in names}
+            by_node = {name: server.environment() for name, server in metadata.items()}
+            cluster = stack.enter_context(Cluster(endpoint, by_node))
+            cluster.start(row.num_nodes)
+            scene = Scene(self.terminal, self.job, self.url(row.name), row.num_workers, cluster, self.folder)
+            scene.proxy, scene.endpoint, scene.metadata, scene.store_down = proxy, endpoint, metadata, self.s3.down
+            yield stack.enter_context(scene)
 
     def url(self, name: str) -> str:
         """Of a run."""
@@ -99,12 +107,11 @@ class Stage:
         result: dict[str, Any] = {"name": row.name, "what": row.what, "notice": row.notice, "resized": row.resized}
         try:
             undisturbed = self.undisturbed
-            options = {"num_nodes": row.num_nodes, "num_workers": row.num_workers, "proxied": row.proxied}
-            with self.scene(row.name, **options) as scene:
+            with self.scene(row) as scene:
                 row.disturb(scene)
                 scene.finish()
             result |= self._measure(row, scene, undisturbed)
-        except (StepError, NodeError, StoreError) as error:
+        except FAILURES as error:
             result["error"] = str(error)
         self.rows.append(result)
         self.terminal.say(", ".join(f"{name} {value}" for name, value in result.items() if name != "what"))
@@ -112,7 +119,7 @@ class Stage:
     def _measure(self, row: Row, scene: Scene, undisturbed: measure.History) -> dict[str, Any]:
         history, faults = measure.read_history(scene.run), scene.faults
         different = different_tensors(
-            final_tensors(self.url("undisturbed"), self.job.num_steps),
+            final_tensors(self.url(UNDISTURBED.name), self.job.num_steps),
             final_tensors(scene.run, self.job.num_steps),
         )
         return {

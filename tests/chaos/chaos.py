@@ -56,8 +56,9 @@ def main() -> int:
         source = find_photos(terminal, arguments.out, num_photos=600)
         terminal.tarmac("shard", str(source), DATASET, "--num-workers", "2", "--shard-bytes", str(16 * 2**20))
         stage = Stage(terminal, Job(DATASET, num_steps, cadence), s3, arguments.out)
-        for row in rows:
-            stage.play(row)
+        with contextlib.closing(stage):
+            for row in rows:
+                stage.play(row)
         nights = bad_night(stage, arguments.night_minutes) if arguments.night_minutes else []
         terminal.title("Result")
         terminal.show(table_of(stage.rows))

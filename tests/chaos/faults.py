@@ -119,7 +119,8 @@ def cluster_killed(scene: Scene) -> None:
         scene.driver.kill()
 
     scene.strike("SIGKILL to the whole cluster and the driver", kill)
-    scene.cluster.start(2)
+    scene.cluster.start()
+    scene.cluster.add_nodes(2)
     scene.start_driver()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,11 +60,11 @@ def bad_night(stage: Stage, minutes: float) -> list[dict[str, Any]]:
     return rows
 
 
-@contextmanager
+@contextlib.contextmanager
 def ours(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
     """`tarmac pretrain`; stopped in the morning, it has to end in order and to have every sample once."""
     night = replace(stage, job=replace(stage.job, num_steps=NUM_STEPS))
-    with night.scene(NIGHT) as scene:
+    with contextlib.closing(night), night.scene(NIGHT) as scene:
 
         def steps() -> Steps:
             return [(record["step"], record["time"]) for _, record in measure.read_history(scene.run).records]
@@ -80,13 +80,14 @@ def ours(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
         row |= measure.summary(history)
 
 
-@contextmanager
+@contextlib.contextmanager
 def ray_pattern(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
     """`tests.chaos.ray_pattern`, killed in the morning."""
     out = stage.folder / "ray-pattern"
     out.mkdir()
     with Cluster({}) as cluster:
-        cluster.start(3)
+        cluster.start()
+        cluster.add_nodes(3)
         words = ("--like", stage.url(NIGHT.name), "--data", stage.job.dataset, "--out", str(out))
         with (out / "driver.log").open("wb") as log:
             process = subprocess.Popen(

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 300.0
+HEAD = "127.0.0.2"  # Ray would put the machine's own address in 127.0.0.1's place
+START_TRIES = 4
 KILL_TIMEOUT_S = 10.0
 STARTED = "Ray runtime started"
 WORKER = "ray::RayTrainWorker"
@@ -106,8 +107,8 @@ class Cluster:
     def __post_init__(self) -> None:
         # Ray's sockets lie below it, and the path of a socket has at most 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-        self.address = f"127.0.0.2:{_free_port()}"
-        self._num_started = 0
+        self.address = f"{HEAD}:{_free_port()}"
+        self._num_nodes = self._num_addresses = 0
 
     def __enter__(self) -> Cluster:
         return self
@@ -116,19 +117,26 @@ class Cluster:
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, num_nodes: int) -> None:
-        """Start the head, then the nodes side by side."""
+    def start(self) -> None:
+        """Start the head."""
         port = self.address.rpartition(":")[2]
-        options = ("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
-        self._wait([self._launch("head", *options, f"--temp-dir={self.folder / 'ray'}")])
-        self.add_nodes(num_nodes)
+        options = ("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", "--no-monitor")
+        self._start("head", *options, f"--temp-dir={self.folder / 'ray'}")
 
     def add_nodes(self, num_nodes: int, wait: bool = True) -> None:
         """Start more nodes; `wait` until they are part of the cluster."""
-        names = [f"node-{self._num_started + number}" for number in range(num_nodes)]
-        started = [self._launch(name, f"--address={self.address}", "--num-cpus=1") for name in names]
-        if wait:
-            self._wait(started)
+        for _ in range(num_nodes):
+            self._num_nodes += 1
+            start = self._start if wait else self._launch
+            start(f"node-{self._num_nodes}", f"--address={self.address}", "--num-cpus=1")
+
+    def make_whole(self, num_nodes: int) -> None:
+        """Have that many nodes beside the head: dead ones are forgotten, newer ones lost, missing ones started."""
+        for node in [node for node in self.nodes if node.process.poll() is not None]:
+            self.lose(node)
+        for node in self.nodes[1 + num_nodes :]:
+            self.lose(node)
+        self.add_nodes(1 + num_nodes - len(self.nodes))
 
     def node_of(self, pid: int) -> Node:
         """The node that a process is on."""
@@ -160,11 +168,17 @@ class Cluster:
             self.lose(self.nodes[-1])
 
     def _launch(self, name: str, *options: str) -> Node:
-        self._num_started += 1
+        self._num_addresses += 1
         ray = Path(sys.executable).with_name("ray")
-        common = ("--block", "--disable-usage-stats", "--object-store-memory=100000000", f"--node-name={name}")
+        common = (
+            "--block",
+            "--disable-usage-stats",
+            "--include-log-monitor=false",
+            "--object-store-memory=100000000",
+            f"--node-name={name}",
+        )
         # Its own address: Ray takes two raylets on one address for two of the same machine.
-        address = f"--node-ip-address=127.0.0.{1 + self._num_started}"
+        address = f"--node-ip-address={HEAD if name == 'head' else f'127.0.0.{3 + self._num_addresses % 250}'}"
         ports = ("--min-worker-port=0", "--max-worker-port=0")
         log, own = self.folder / f"{name}.log", self.by_node.get(name, {})
         with log.open("wb") as output:
@@ -180,12 +194,18 @@ class Cluster:
         self.nodes.append(node)
         return node
 
-    def _wait(self, nodes: list[Node]) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not all(node.is_up() for node in nodes):
-            if time.monotonic() > deadline:
-                raise NodeError(f"{', '.join(node.name for node in nodes)} did not start in {START_TIMEOUT_S:g} s")
-            time.sleep(0.1)
+    def _start(self, name: str, *options: str) -> None:
+        """Until it is up. Ray gives a node half a minute, which on a busy machine may need another try."""
+        for left in reversed(range(START_TRIES)):
+            node = self._launch(name, *options)
+            try:
+                while not node.is_up():
+                    time.sleep(0.1)
+                return
+            except NodeError:
+                self.lose(node)
+                if not left:
+                    raise
 
 
 def ray_environment() -> dict[str, str]:
@@ -231,5 +251,5 @@ def _command(pid: int) -> str:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.2", 0))
+        probe.bind((HEAD, 0))
         return int(probe.getsockname()[1])

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cluster.cloud_notices import Cloud
 from cluster.demo_run import StepError, Terminal
 from cluster.local_s3 import LocalS3Error, S3Server, runs_juicefs, start_local_s3
 from pipeline.errors import StoreError
@@ -66,6 +67,13 @@ class Stage:
     folder: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._kind: tuple[bool, Cloud | None] | None = None
+        self._proxy: Faults | None = None
+        self._endpoint: dict[str, str] = {}
+        self._metadata: dict[str, MetadataServer] = {}
+
     @cached_property
     def undisturbed(self) -> measure.History:
         """The same run with nothing done to it, on two nodes."""
@@ -79,23 +87,40 @@ class Stage:
 
     @contextlib.contextmanager
     def scene(self, row: Row) -> Iterator[Scene]:
-        """A cluster, and a run that begins on it."""
-        with contextlib.ExitStack() as stack:
-            proxy: Faults | None = None
-            endpoint: dict[str, str] = {}
-            if row.proxied:
-                proxy = stack.enter_context(start_faulty_proxy(self.s3.server.endpoint))
-                endpoint = {"AWS_ENDPOINT_URL": proxy.endpoint, "AWS_ENDPOINT_URL_S3": proxy.endpoint}
-            metadata: dict[str, MetadataServer] = {}
-            if row.cloud is not None:
-                names = [f"node-{number}" for number in range(1, row.num_nodes + 1)]
-                metadata = {name: stack.enter_context(serve_metadata(row.cloud)) for name in names}
-            by_node = {name: server.environment() for name, server in metadata.items()}
-            cluster = stack.enter_context(Cluster(endpoint, by_node))
-            cluster.start(row.num_nodes)
-            scene = Scene(self.terminal, self.job, self.url(row.name), row.num_workers, cluster, self.folder)
-            scene.proxy, scene.endpoint, scene.metadata, scene.store_down = proxy, endpoint, metadata, self.s3.down
-            yield stack.enter_context(scene)
+        """A run that begins on a whole cluster: the last row's, if that went well and this one needs no other kind."""
+        kind = (row.proxied, row.cloud)
+        if kind != self._kind:
+            self.close()
+            self._set_up(row)
+            self._kind = kind
+        try:
+            self._cluster.make_whole(row.num_nodes)
+            scene = Scene(self.terminal, self.job, self.url(row.name), row.num_workers, self._cluster, self.folder)
+            scene.proxy, scene.endpoint, scene.metadata = self._proxy, self._endpoint, self._metadata
+            scene.store_down = self.s3.down
+            with scene:
+                yield scene
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, row: Row) -> None:
+        """Start the head, and what stands between the nodes and the world."""
+        self._proxy, self._endpoint, self._metadata = None, {}, {}
+        if row.proxied:
+            self._proxy = self._stack.enter_context(start_faulty_proxy(self.s3.server.endpoint))
+            self._endpoint = dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), self._proxy.endpoint)
+        if row.cloud is not None:
+            names = [f"node-{number}" for number in range(1, row.num_nodes + 1)]
+            self._metadata = {name: self._stack.enter_context(serve_metadata(row.cloud)) for name in names}
+        by_node = {name: server.environment() for name, server in self._metadata.items()}
+        self._cluster = self._stack.enter_context(Cluster(self._endpoint, by_node))
+        self._cluster.start()
+
+    def close(self) -> None:
+        """Kill the cluster."""
+        self._kind = None
+        self._stack.close()
 
     def url(self, name: str) -> str:
         """Of a run."""

@@ -21,6 +21,7 @@ from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
 HEAD = "127.0.0.2"  # Ray would put the machine's own address in 127.0.0.1's place
+AGENTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent", "metrics-export")
 START_TRIES = 4
 KILL_TIMEOUT_S = 10.0
 STARTED = "Ray runtime started"
@@ -179,11 +180,12 @@ class Cluster:
         )
         # Its own address: Ray takes two raylets on one address for two of the same machine.
         address = f"--node-ip-address={HEAD if name == 'head' else f'127.0.0.{3 + self._num_addresses % 250}'}"
-        ports = ("--min-worker-port=0", "--max-worker-port=0")
+        # Ray chooses them itself too, but then a node waits for them, and gives up after 15 s.
+        ports = [f"--{agent}-port={_free_port()}" for agent in AGENTS]
         log, own = self.folder / f"{name}.log", self.by_node.get(name, {})
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [str(ray), "start", *options, *common, address, *ports],
+                [str(ray), "start", *options, *common, address, *ports, "--min-worker-port=0", "--max-worker-port=0"],
                 env={**os.environ, **ray_environment(), **self.environment, **own, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

@@ -23,7 +23,8 @@ POLL_S = 0.3
 OTHERS_S = 60.0
 """Other drivers of a run that has ended have to end in this time."""
 PATIENCE_S = 300.0
-"""Nothing that is waited for in a row takes longer when all is well, on a busy machine."""
+"""Nothing that is waited for in a row takes longer when all is well, on a busy machine; training is waited for as long
+as it goes on."""
 
 # One rank's step takes about 0.1 s on a core: long enough to be struck in between, short enough for many rows.
 RECIPE = [
@@ -150,18 +151,37 @@ class Scene:
 
         self.wait(f"{num_steps} steps of attempt {number}", is_on)
 
-    def wait(self, what: str, condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-        """Until `condition`; StepError if it takes too long or the driver ends."""
-        deadline = time.monotonic() + patience_s
+    def wait(self, what: str, condition: Callable[[], bool]) -> None:
+        """Until `condition`; StepError if the driver ends, or if so long no step is done."""
+        step, deadline = -1, 0.0
         while True:
             self.watcher.refresh()
             if condition():
                 return
             if self.driver.code is not None:
                 raise StepError(f"waiting for {what}, the driver ended with {self.driver.code}:\n{self.driver.words()}")
+            if self.watcher.last_step > step:
+                step, deadline = self.watcher.last_step, time.monotonic() + PATIENCE_S
             if time.monotonic() > deadline:
-                raise StepError(f"no {what} in {patience_s:g} s; the driver's last words:\n{self.driver.words()}")
+                raise StepError(
+                    f"waiting for {what}, no step after {step} in {PATIENCE_S:g} s; the driver's last words:\n"
+                    f"{self.driver.words()}"
+                )
             time.sleep(POLL_S)
+
+    def finish(self) -> None:
+        """Until the newest driver has ended well. StepError if it ends otherwise, or the run stands still."""
+        self.wait("the end", self._has_ended)
+        if self.driver.code != 0:
+            raise StepError(f"the driver ended with {self.driver.code}:\n{self.driver.words()}")
+        for other in self.drivers[:-1]:
+            try:
+                other.process.wait(OTHERS_S)
+            except subprocess.TimeoutExpired as error:
+                raise StepError(f"the run has ended and another driver has not:\n{other.words()}") from error
+
+    def _has_ended(self) -> bool:
+        return self.driver.code is not None
 
     def rank_pid(self, rank: int) -> int:
         """The process of a rank of the newest attempt that has begun to train."""
@@ -184,22 +204,3 @@ class Scene:
         if found is None:
             raise StepError(f"{self.run} has no event {kind!r}")
         return found
-
-    def finish(self, patience_s: float = PATIENCE_S) -> None:
-        """Until the newest driver has ended well. StepError if it ends otherwise, or not in time."""
-        try:
-            self.driver.process.wait(patience_s)
-        except subprocess.TimeoutExpired as error:
-            self.watcher.refresh()
-            raise StepError(
-                f"after {patience_s:g} s the run is at step {self.watcher.last_step}; the driver's last words:\n"
-                f"{self.driver.words()}"
-            ) from error
-        self.watcher.refresh()
-        if self.driver.code != 0:
-            raise StepError(f"the driver ended with {self.driver.code}:\n{self.driver.words()}")
-        for other in self.drivers[:-1]:
-            try:
-                other.process.wait(OTHERS_S)
-            except subprocess.TimeoutExpired as error:
-                raise StepError(f"the run has ended and another driver has not:\n{other.words()}") from error

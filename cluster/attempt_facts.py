@@ -11,7 +11,7 @@ import numpy as np
 from trainer.metrics import Event
 from trainer.step_columns import StepColumns
 
-_BY_DRIVER = frozenset({"asked", "waiting", "placed", "notice", "lost", "ended"})
+_OF_RANK_ZERO = frozenset({"damage", "start", "save", "quarantined", "skipped", "stop"})
 _ENDS = frozenset({"lost", "ended"})
 
 
@@ -26,8 +26,6 @@ class AttemptFacts:
     """The last thing known."""
     driver: str | None
     """Random name of the driver process; None before there were driver's events."""
-    reason: str | None
-    """Why it was made: `first`, `restart`, `resume`, `resize`, `move`."""
     num_workers: int | None
     asked: float | None
     """When its driver began to wait for resources, or last said that it waits."""
@@ -73,7 +71,7 @@ def _facts(attempt: int, events: list[Event], steps: StepColumns | None) -> Atte
     asked, start, stop = (last_of.get(kind) for kind in ("asked", "start", "stop"))
     ended, lost = last_of.get("ended"), last_of.get("lost")
     of_steps = [] if steps is None else [float(steps.time[0] - np.nan_to_num(steps.step_s[0])), float(steps.time.max())]
-    of_rank_zero = [event["time"] for event in events if event["event"] not in _BY_DRIVER]
+    of_rank_zero = [event["time"] for event in events if event["event"] in _OF_RANK_ZERO]
     of_rank_zero += of_steps if start is None else [start.get("began", start["time"]), *of_steps[1:]]
     times = of_rank_zero + [event["time"] for event in events]
     alive = of_rank_zero + [event["time"] for event in events if event["event"] not in _ENDS]
@@ -85,7 +83,6 @@ def _facts(attempt: int, events: list[Event], steps: StepColumns | None) -> Atte
         first=min(times),
         last=max(times),
         driver=None if asked is None else asked["driver"],
-        reason=None if asked is None else asked["reason"],
         num_workers=(start or {}).get("world_size", (asked or {}).get("num_workers")),
         asked=max(waited, default=None),
         placed=placed,

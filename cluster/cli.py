@@ -12,10 +12,21 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from cluster import bench_commands, dataset_commands, job_commands, run_commands, submit_command
+from cluster import (
+    bench_commands,
+    dataset_commands,
+    job_commands,
+    manifest_commands,
+    report,
+    run_commands,
+    submit_command,
+)
+from cluster.log_setup import set_up_logging, without_secrets
 from cluster.options import CommandError, UsageError
 from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
 from trainer.errors import CheckpointError, RunError, TrainingError
+
+logger = logging.getLogger("cluster.cli")  # run as a program, this module has another name
 
 DONE, FAILED, WRONG_USE, PREEMPTED = 0, 1, 2, 75
 
@@ -32,6 +43,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "stop": job_commands.stop,
     "reconstruct": run_commands.reconstruct,
     "curve": run_commands.curve,
+    "report": report.report,
+    "manifests": manifest_commands.manifests,
     "bench": bench_commands.bench,
 }
 
@@ -56,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     verbose = bool(words) and words[0] in ("-v", "--verbose")
     words = words[verbose:]
-    level = logging.DEBUG if verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    set_up_logging(verbose)
     if not words or words[0] in ("-h", "--help"):
         _print_help()
         return DONE if words else WRONG_USE
@@ -67,10 +79,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return COMMANDS[name](arguments)
     except (UsageError, ValueError) as error:  # ValueError: a value that a config or a function refuses
-        logging.debug("tarmac %s", name, exc_info=True)
+        logger.debug("tarmac %s", name, exc_info=True)
         return _fail(str(error), WRONG_USE)
     except _FAILURES as error:
-        logging.debug("tarmac %s", name, exc_info=True)
+        logger.debug("tarmac %s", name, exc_info=True)
         return _fail(str(error), FAILED)
     except KeyboardInterrupt:
         _fail("interrupted", FAILED)
@@ -87,7 +99,8 @@ def _print_help() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(message)}", highlight=False, soft_wrap=True)
+    text = _escaped(without_secrets(message))
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {text}", highlight=False, soft_wrap=True)
     return code
 
 

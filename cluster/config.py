@@ -18,17 +18,29 @@ class JobConfig:
     run: str
     """URL of the run; a run that exists goes on."""
     num_workers: int = execution(1)
-    """Ray Train workers, one rank each."""
+    """Ray Train workers, one rank each; the most of them, if `min_workers` is given."""
+    min_workers: int | None = execution(None)
+    """With fewer than `num_workers` the run goes on as long as there are these; None insists on `num_workers`."""
     cpus_per_worker: float = execution(1.0)
     gpus_per_worker: float = execution(0.0)
     """1 trains on CUDA with nccl, 0 on CPUs with gloo."""
     max_attempts_without_progress: int = execution(3)
     """Attempts in a row that committed nothing, after which the run stops as a crash loop."""
+    silence_timeout_s: float = execution(20.0)
+    """A worker that gives no sign of life for this long is killed, and the run restarted."""
+    stall_timeout_s: float = execution(600.0)
+    """Workers that complete no step for this long are killed, and the run restarted; loading a checkpoint counts."""
 
     def __post_init__(self) -> None:
         require(bool(self.data), "data must be the URL of a dataset")
         require(bool(self.run), "run must be a URL")
         require(self.num_workers >= 1, f"num_workers ({self.num_workers}) must be at least 1")
+        require(
+            self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
+            f"min_workers ({self.min_workers}) must be from 1 to num_workers ({self.num_workers})",
+        )
+        for name in ("silence_timeout_s", "stall_timeout_s"):
+            require(getattr(self, name) >= 5, f"{name} ({getattr(self, name)}) must be at least 5 seconds")
         require(self.cpus_per_worker > 0, f"cpus_per_worker ({self.cpus_per_worker}) must be positive")
         require(
             self.gpus_per_worker in (0.0, 1.0),
@@ -43,3 +55,8 @@ class JobConfig:
             self.max_attempts_without_progress >= 1,
             f"max_attempts_without_progress ({self.max_attempts_without_progress}) must be at least 1",
         )
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers that it runs with."""
+        return self.num_workers if self.min_workers is None else self.min_workers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from ray.job_submission import JobStatus
 
 from cluster.lease import is_stale, read_lease
-from cluster.ray_jobs import Job, NoAnswerError, RayJobs
+from cluster.ray_jobs import FATAL_EXITS, Job, NoAnswerError, RayJobs
 from cluster.relay import News
 from cluster.run_news import RunNews
 from cluster.run_state import RunState, read_state
@@ -23,7 +22,6 @@ from trainer.run_files import RUN
 
 _POLL_S = 2.0
 _LONGEST_PAUSE_S = 60.0
-_FATAL_EXITS = (1, 2)
 _FATAL_ERRORS = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR")
 """Of Ray's: the same job would fail again."""
 
@@ -111,8 +109,8 @@ class Follower:
         if driver is not None and driver != self._our_driver:
             self._say(f"{driver} drives it now; following that")
             return None
-        if job is not None and (job.exit_code in _FATAL_EXITS or job.error_type in _FATAL_ERRORS):
-            return self._end(Ending.FAILED, failure(job))
+        if job is not None and (job.exit_code in FATAL_EXITS or job.error_type in _FATAL_ERRORS):
+            return self._end(Ending.FAILED, job.failure)
         if stop_wanted(self._run):
             return None if driver and not may_submit else self._end(Ending.STOPPED, "by `tarmac stop`")
         if job is not None and job.status is JobStatus.STOPPED:
@@ -125,7 +123,7 @@ class Follower:
             return None
         if state is not None and state.step > self._furthest:
             self._furthest, self._num_in_a_row = state.step, 0
-        lost = failure(job) if job else "the cluster does not know it"
+        lost = job.failure if job else "the cluster does not know it"
         if self._num_in_a_row >= self._max:
             times = f"{self._num_in_a_row} resubmissions in a row came no further than step {self._furthest}"
             return self._end(Ending.FAILED, f"{times}; the last job: {lost}")
@@ -160,13 +158,3 @@ class Follower:
         if message != self._last_told:
             self._last_told = message
             self._tell(message)
-
-
-def failure(job: Job) -> str:
-    """Why a job ended, in a line: the last error that it printed, or how it ended."""
-    errors = re.findall(r"^error: (.+)$", job.message, re.MULTILINE)
-    if errors and job.exit_code in _FATAL_EXITS:
-        return str(errors[-1])
-    if job.exit_code is not None:
-        return f"its driver ended with {job.exit_code}"
-    return job.message.partition("\n")[0] or str(job.status)

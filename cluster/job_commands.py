@@ -49,18 +49,27 @@ def status(arguments: list[str]) -> int:
     options = parse(StatusOptions, arguments, "status")
     from cluster.run_state import read_state
     from pipeline.store import Store
+    from trainer.run_files import RUN
 
     run = Store(options.run)
-    state = read_state(run)
-    job: dict[str, Any] = {}
-    if options.address is not None:
-        found = _newest_job(_jobs(options.address), run)
-        job = {"job": found.id if found else None, "job_status": str(found.status) if found else None}
+    job = _job_facts(_newest_job(_jobs(options.address), run)) if options.address is not None else {}
+    if job.get("job") and not run.exists(RUN):
+        report({"run": str(run), "state": "submitted"} | job, options.json)
+        return 0
+    state = read_state(run, with_goodput=True)
     if options.json:
         report(asdict(state) | job, as_json=True)
     else:
-        report(_words(state) | {name: value or "none" for name, value in job.items()}, as_json=False)
+        report(_words(state) | {name.replace("_", " "): value for name, value in job.items() if value}, as_json=False)
     return 0
+
+
+def _job_facts(job: Job | None) -> dict[str, str | None]:
+    """What a cluster knows of a run's newest job."""
+    if job is None:
+        return {"job": None, "job_status": None, "job_error": None}
+    failed = str(job.status) == "FAILED"
+    return {"job": job.id, "job_status": str(job.status), "job_error": job.failure if failed else None}
 
 
 def _words(state: RunState) -> dict[str, Any]:
@@ -103,6 +112,8 @@ class RunsOptions:
     """Where to look."""
     depth: int = 3
     """Levels of folders below the URL that are looked through."""
+    goodput: bool = True
+    """Of each run; it is worked out from all its records, of which a long run has many."""
     json: bool = False
     """Print them as JSON."""
 
@@ -115,7 +126,7 @@ def runs(arguments: list[str]) -> int:
     from pipeline.store import Store
 
     root = Store(options.url)
-    states = read_states(root, options.depth)
+    states = read_states(root, options.depth, with_goodput=options.goodput)
     if options.json:
         json.dump([asdict(state) for state in states], sys.stdout, indent=2)
         sys.stdout.write("\n")

@@ -14,7 +14,7 @@ from cluster.driver import Driver, RunFailedError
 from cluster.lease import acquire
 from cluster.ray_access import open_ray
 from cluster.relay import News
-from cluster.stop_signals import StopSignals
+from cluster.stops import Stops
 from pipeline.store import Store
 from trainer.loop import StopReason
 
@@ -34,7 +34,7 @@ _RAY_SETTINGS = {
 def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
     """Train `job` on Ray until it is finished, stopped, or failed.
 
-    SIGTERM and SIGINT save a checkpoint and stop; a second one ends at once.
+    SIGTERM, SIGINT and `tarmac stop` save a checkpoint and stop; a second signal ends at once.
 
     Args:
         job: what to train, where, with how many workers.
@@ -52,9 +52,9 @@ def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
         redirect_stdout(_RayOutput()),
         acquire(run) as lease,
         open_ray(num_cpus=num_cpus, num_gpus=num_gpus) as local,
-        StopSignals() as signals,  # last: Ray takes SIGTERM for itself
+        Stops(run) as stops,  # last: Ray takes SIGTERM for itself
     ):
-        return Driver(job, run, lease, signals, local=local, on_news=on_news).drive()
+        return Driver(job, run, lease, stops, local=local, on_news=on_news).drive()
 
 
 class _RayOutput(io.TextIOBase):

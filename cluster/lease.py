@@ -180,6 +180,11 @@ def read_lease(run: Store) -> LeaseRecord | None:
         raise RunError(f"{run}/{_path(newest)} is no lease ({error}); delete it if no driver is at work") from error
 
 
+def is_stale(lease: LeaseRecord) -> bool:
+    """Whether nobody drives the run any more, as far as this machine's clock can tell: for a look from outside."""
+    return lease.released or _process_is_gone(lease) or time.time() - lease.renewed > lease.term_s
+
+
 def _await_end(run: Store, seen: LeaseRecord | None) -> LeaseRecord | None:
     """Watch a lease until it is over; returns the one to follow. Raises LeaseError if it is renewed meanwhile."""
     if seen is None or seen.released or _process_is_gone(seen):

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.attempt_facts import AttemptFacts, gather_facts
+from cluster.lease import read_lease
 from pipeline.store import Store
 from trainer.metrics import Event, read_events
 from trainer.step_columns import Floats, StepColumns, read_columns
@@ -91,8 +92,16 @@ class Ledger:
 
 
 def read_ledger(run: Store) -> Ledger:
-    """The ledger of a run, from what its attempts wrote."""
-    return make_ledger(read_events(run), read_columns(run))
+    """The ledger of a run, from what its attempts wrote, up to now if its driver is at work."""
+    events = read_events(run)
+    return make_ledger(events, read_columns(run), read_alive_until(run, events))
+
+
+def read_alive_until(run: Store, events: Sequence[Event]) -> float | None:
+    """When the driver of the last attempt renewed its lease last; None if it has none, or gave it up in order."""
+    lease = read_lease(run)
+    driver = next((event["driver"] for event in reversed(events) if event["event"] == "asked"), None)
+    return None if lease is None or lease.released or lease.driver != driver else lease.renewed
 
 
 def make_ledger(events: Sequence[Event], steps: Mapping[int, StepColumns], alive_until: float | None = None) -> Ledger:
@@ -102,7 +111,8 @@ def make_ledger(events: Sequence[Event], steps: Mapping[int, StepColumns], alive
         events: of all attempts, each with its `attempt`.
         steps: step records by attempt.
         alive_until: when the last attempt's driver was last known to be at work, in seconds since 1970; until then the
-            attempt is taken to go on with what it was at. None ends the ledger with the last event or record.
+            attempt is taken to go on with what it was at: records come late. None ends the ledger with the last event
+            or record.
     """
     attempts = gather_facts(events, steps)
     if not attempts:

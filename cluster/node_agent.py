@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.cloud_notices import Notice, NoticeSource, detect
 from cluster.draining import alive_nodes, drain
+from cluster.processes import start_time
 
 logger = logging.getLogger(__name__)
 
@@ -39,27 +39,31 @@ class NodeAgent:
             pid: the process.
             started: its `start_time`.
         """
-        if start_time(pid) != started:
+        found = start_time(pid)
+        if found is None or found != started:
             return False
-        os.kill(pid, signal.SIGKILL)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it ended by itself just now
+            return False
         return True
 
     def _watch(self) -> None:
-        source = _find_cloud()
-        while source is not None:
+        source, told = _find_cloud(), None
+        while source is not None and (told is None or told.deadline is None):
             notice = source.poll()
-            if notice is not None:
+            if notice is not None and notice != told:
                 self._pass_on(notice, source.poll_s)
-                return
+                told = notice
             time.sleep(source.poll_s)
 
     def _pass_on(self, notice: Notice, retry_s: float) -> None:
         logger.warning("%s: %s, deadline %s", notice.source, notice.what, notice.deadline)
+        while not drain(self._node, notice.deadline, f"{notice.source}: {notice.what}"):
+            time.sleep(retry_s)
         if self._relay is not None:
             told = {"node": self._node, "source": notice.source, "deadline": notice.deadline}
             self._relay.note_notice.remote(told)
-        while not drain(self._node, notice.deadline, f"{notice.source}: {notice.what}"):
-            time.sleep(retry_s)
 
 
 def _find_cloud() -> NoticeSource | None:
@@ -72,10 +76,14 @@ def _find_cloud() -> NoticeSource | None:
 
 
 class NodeAgents:
-    """The driver's agents: one on every node that is alive. They end with the driver."""
+    """The driver's agents: one on every node that is alive. They end with the driver.
+
+    Args:
+        relay: actor whose `note_notice` is given each notice, `{"node": ..., "source": ..., "deadline": ...}`, once
+            the node is being drained; None for none.
+    """
 
     def __init__(self, relay: Any = None) -> None:
-        """Args: relay: actor whose `note_notice` gets each notice: `node`, `source`, `deadline`."""
         self._relay = relay
         self._actor: Any = ray.remote(NodeAgent)
         self._agents: dict[str, Any] = {}
@@ -114,7 +122,6 @@ class NodeAgents:
             agent.kill.remote(pid, started)
 
     def _start(self, node_id: str) -> None:
-        # On a node that is gone, such an actor ends; one with a label selector would wait for the node for ever.
         here = NodeAffinitySchedulingStrategy(node_id, soft=False)
         agent = self._actor.options(num_cpus=0, scheduling_strategy=here, max_restarts=-1).remote(self._relay)
         self._agents[node_id] = agent
@@ -130,15 +137,3 @@ class NodeAgents:
             except ray.exceptions.RayError as error:
                 if node_id in self._agents:
                     logger.warning("no notices from node %s: its agent did not start: %s", node_id, error)
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: with the pid, its identity. None if there is none.
-
-    Source: proc_pid_stat(5), field 22. Linux only; elsewhere None.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(stat.rpartition(")")[2].split()[19])  # the second field, in brackets, may hold anything

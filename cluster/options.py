@@ -39,8 +39,13 @@ def check_at_least(options: Any, **bounds: int) -> None:
 
 def check_png(name: str, path: Path) -> None:
     """Before the work, not after it: whether a picture can be written there."""
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"--{name} ({path}) must be the name of a .png file")
+    check_file(name, path, ".png")
+
+
+def check_file(name: str, path: Path, suffix: str) -> None:
+    """Before the work, not after it: whether a file of this kind can be written there."""
+    if path.suffix.lower() != suffix:
+        raise UsageError(f"--{name} ({path}) must be the name of a {suffix} file")
     if not path.resolve().parent.is_dir():
         raise UsageError(f"--{name} ({path}) must be in a folder that exists; make {path.resolve().parent}")
 

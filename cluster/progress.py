@@ -68,8 +68,12 @@ class RunProgress:
             self._show_attempt(event)
         elif kind == "damage":
             self._say(f"checkpoint damaged, walked past: {escape(event['path'])}: {escape(event['reason'])}", "yellow")
-        elif kind == "error":
-            self._say(f"a worker failed: {_first_line(event['error'])}", "yellow")
+        elif kind == "lost":
+            self._say(f"workers were lost: {_first_line(event['error'])}", "yellow")
+        elif kind == "notice":
+            self._say(_notice(event), "yellow")
+        elif kind == "ended" and event["outcome"] == "resized":
+            self._say("there is room for more workers: saved, and starting again with them", "green")
         elif kind == "waiting":
             need, have = (amounts(event[side]) for side in ("need", "have"))
             self._say(f"waiting for workers: they need {need}; the cluster has {have} in all", "yellow")
@@ -109,3 +113,9 @@ class RunProgress:
 def _first_line(error: str) -> str:
     line = error.partition("\n")[0]
     return escape(line if len(line) <= _ERROR_CHARS else f"{line[:_ERROR_CHARS]} ...")
+
+
+def _notice(event: dict[str, Any]) -> str:
+    left = "" if event["deadline"] is None else f" in {max(0, event['deadline'] - time.time()):.0f} s"
+    doing = {"move": "saving a checkpoint, and going on without it", "save": "saving a checkpoint, and going on"}
+    return f"node {event['node'][:8]} will be taken away{left} ({event['source']}): {doing[event['action']]}"

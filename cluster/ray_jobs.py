@@ -16,13 +16,21 @@ import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from cluster.options import CommandError, UsageError
 
 _REQUEST_S = 30.0
+FATAL_EXITS = (1, 2)
+"""Of `tarmac pretrain`: it failed, or was used wrongly, and would again."""
+_YOUNG_S = 60.0
+"""A cluster whose dashboard answers may not take jobs for a while."""
 _NOT_FOUND = "status code 404"
 _OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray lets these win over the address that it is given."""
+
+_TALKATIVE = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+"""Loggers that Ray sets to INFO, of what it uploads and from where."""
 
 
 class NoAnswerError(CommandError):
@@ -45,6 +53,16 @@ class Job:
     def is_active(self) -> bool:
         """Whether it waits or runs."""
         return not self.status.is_terminal()
+
+    @property
+    def failure(self) -> str:
+        """Why it ended, in a line: the last error that it printed, or how it ended."""
+        errors = re.findall(r"^error: (.+)$", self.message, re.MULTILINE)
+        if errors and self.exit_code in FATAL_EXITS:
+            return str(errors[-1])
+        if self.exit_code is not None:
+            return f"its driver ended with {self.exit_code}"
+        return self.message.partition("\n")[0] or str(self.status)
 
 
 class _Client(JobSubmissionClient):
@@ -74,8 +92,11 @@ class RayJobs:
 
     def submit(self, **request: Any) -> str:
         """Upload and start a job; returns its id. Arguments as of Ray's `submit_job`. Raises NoAnswerError."""
+        retrying = Retrying(
+            stop=stop_after_delay(_YOUNG_S), wait=wait_fixed(1), retry=retry_if_exception(_is_young), reraise=True
+        )
         with _explained(self.address):
-            return str(self._client().submit_job(**request))
+            return str(retrying(self._client().submit_job, **request))
 
     def get(self, job_id: str) -> Job | None:
         """The job, or None if this cluster has never heard of it. Raises NoAnswerError."""
@@ -113,8 +134,8 @@ class RayJobs:
 
     def _client(self) -> _Client:
         if self._connected is None:
-            for name in ("dashboard_sdk", "job.sdk"):
-                logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.getLogger().getEffectiveLevel())
+            for name in _TALKATIVE:
+                logging.getLogger(name).setLevel(logging.getLogger().getEffectiveLevel())
             with _without(_OVERRIDES):
                 self._connected = _Client(self.address)
         return self._connected
@@ -146,6 +167,10 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def _is_young(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "try again later" in str(error)
+
+
 def _job(details: JobDetails) -> Job:
     return Job(
         id=str(details.submission_id),
@@ -168,12 +193,22 @@ def _explained(address: str) -> Iterator[None]:
             f"the cluster at {address} wants Ray's authentication token ({reason}); "
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, or put the token into ~/.ray/auth_token"
         ) from error
-    except (OSError, RuntimeError, ValueError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
-        reason = str(error).partition("\n")[0] or type(error).__name__
+    except RuntimeError as error:  # an answer, but not the one that Ray's client expected
+        raise NoAnswerError(f"the Ray cluster at {address} did not do it: {_reason(error)}") from error
+    except (OSError, ValueError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
         raise NoAnswerError(
-            f"no Ray cluster answers at {address} ({reason}); give the URL of its dashboard, "
+            f"no Ray cluster answers at {address} ({_reason(error)}); give the URL of its dashboard, "
             "and check that this machine can reach it"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """In a few words: requests tells its whole call."""
+    if isinstance(error, requests.Timeout):
+        return f"nothing came for {_REQUEST_S:g} s"
+    if isinstance(error, ConnectionError | requests.ConnectionError):
+        return "no connection"
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 @contextmanager

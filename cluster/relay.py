@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+
+from trainer.wishes import Wish
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A worker's sign of life."""
+
+    rank: int
+    node: str
+    """Ray's id of its node."""
+    pid: int
+    started: int | None
+    """The process's `processes.start_time`."""
+    age_s: float = 0.0
+    """Time since the last sign."""
 
 
 @dataclass
@@ -14,73 +31,86 @@ class News:
 
     records: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
+    notices: list[dict[str, Any]] = field(default_factory=list)
+    """From node agents: `node`, `source`, `deadline`."""
+    pulses: list[Pulse] = field(default_factory=list)
+    """Of every worker of the attempt that has begun, always."""
     fatal: str | None = None
+    """Of the attempt, always: an error that a restart cannot mend."""
+    error: str | None = None
+    """Of the attempt, always: the first other error."""
 
 
 class Relay:
     """Lives on the driver's node; made an actor by `start_relay`."""
 
-    def __init__(self, max_attempts_without_progress: int) -> None:
+    def __init__(self) -> None:
         self._news = News()
-        self._stop = False
+        self._notices: list[dict[str, Any]] = []
+        self.begin(0)
+
+    def begin(self, attempt: int) -> None:
+        """From now on only what workers of this attempt say counts."""
+        self._attempt = attempt
+        self._wish = Wish.GO_ON
+        self._pulses: dict[int, tuple[Pulse, float]] = {}
         self._fatal: str | None = None
-        self._max_idle = max_attempts_without_progress
-        self._num_idle = 0
-        self._furthest = -1
-        self._last_error: str | None = None
+        self._error: str | None = None
 
-    def admit(self, committed: int | None) -> bool:
-        """Whether an attempt may begin: not after a fatal error, and not in a crash loop.
+    def push(self, attempt: int, record: dict[str, Any]) -> None:
+        """Take a step record for the driver."""
+        if attempt == self._attempt:
+            self._news.records.append(record)
 
-        A crash loop is `max_attempts_without_progress` attempts in a row that committed nothing newer, wherever they
-        failed.
-
-        Args:
-            committed: step of the newest checkpoint, 0 without one; None if the store did not say.
-        """
-        if committed is not None and committed > self._furthest:
-            self._furthest, self._num_idle = committed, 0
-        self._num_idle += 1
-        if self._fatal is None and self._num_idle > self._max_idle:
-            step, error = max(self._furthest, 0), self._last_error or "the worker processes were killed"
-            what = f"{self._max_idle} attempts in a row committed nothing after step {step}"
-            self._fatal = f"crash loop: {what}; last error: {error}"
-        self._last_error = None
-        return self._fatal is None
-
-    def push(self, record: dict[str, Any]) -> None:
-        """Take a metrics record for the driver."""
-        self._news.records.append(record)
-
-    def announce(self, event: dict[str, Any]) -> None:
+    def announce(self, attempt: int, event: dict[str, Any]) -> None:
         """Take an event for the driver."""
-        self._news.events.append(event)
+        if attempt == self._attempt:
+            self._news.events.append(event)
 
-    def note_error(self, error: str, fatal: bool) -> None:
+    def note_error(self, attempt: int, error: str, fatal: bool) -> None:
         """A worker raised. A fatal error is one that a restart cannot mend. Of an attempt, the first one is told."""
+        if attempt != self._attempt:
+            return
         if fatal and self._fatal is None:
             self._fatal = error
-        elif self._last_error is None:
-            self._last_error = error
-            self.announce({"event": "error", "error": error})
+        elif not fatal and self._error is None:
+            self._error = error
+
+    def note_pulse(self, attempt: int, pulse: Pulse) -> None:
+        """A worker is alive."""
+        if attempt == self._attempt:
+            self._pulses[pulse.rank] = (pulse, time.monotonic())
+
+    def note_notice(self, notice: dict[str, Any]) -> None:
+        """A node's agent has heard that the node will be taken away."""
+        self._notices.append(notice)
 
     def take(self) -> News:
         """All that came in since the last call."""
         news, self._news = self._news, News()
-        news.fatal = self._fatal
+        news.notices, self._notices = self._notices, []
+        now = time.monotonic()
+        news.pulses = [
+            Pulse(pulse.rank, pulse.node, pulse.pid, pulse.started, now - seen) for pulse, seen in self._pulses.values()
+        ]
+        news.fatal, news.error = self._fatal, self._error
         return news
 
-    def request_stop(self) -> None:
-        """Ask the workers to save a checkpoint and stop."""
-        self._stop = True
+    def wish(self, wish: Wish) -> None:
+        """Ask the workers for something. A stop is never taken back."""
+        self._wish = max(self._wish, wish)
 
-    def stop_requested(self) -> bool:
-        """Whether `request_stop` was called."""
-        return self._stop
+    def take_wish(self, attempt: int) -> Wish:
+        """What the workers are asked for; a save is asked for once."""
+        if attempt != self._attempt:
+            return Wish.GO_ON
+        wish = self._wish
+        if wish is Wish.SAVE:
+            self._wish = Wish.GO_ON
+        return wish
 
 
-def start_relay(max_attempts_without_progress: int) -> Any:
+def start_relay() -> Any:
     """A Relay actor on the driver's node, which takes no CPU from the workers."""
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    actor = ray.remote(Relay).options(num_cpus=0, label_selector=here)
-    return actor.remote(max_attempts_without_progress)
+    return ray.remote(Relay).options(num_cpus=0, label_selector=here).remote()

@@ -34,14 +34,19 @@ class PretrainOptions:
     """URL of a sharded dataset."""
     run: str
     """URL of the run."""
-    num_workers: int = 1
-    """Ray Train workers, one rank each."""
+    num_workers: str = "1"
+    """Ray Train workers, one rank each: a number, or MIN:MAX to go on with fewer while nodes are lost, and with more
+    when they come."""
     cpus_per_worker: float = 1.0
     """CPUs a worker reserves and uses."""
     gpus_per_worker: float = 0.0
     """1 trains on CUDA with nccl, 0 on CPUs with gloo."""
     max_attempts_without_progress: int = 3
     """Restarts in a row that committed nothing, after which the run stops as a crash loop."""
+    silence_timeout_s: float = 20.0
+    """A worker that gives no sign of life for this long is killed, and the run restarted."""
+    stall_timeout_s: float = 600.0
+    """Workers that complete no step for this long are killed, and the run restarted."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The recipe, field by field."""
 
@@ -65,12 +70,21 @@ def job_of(options: PretrainOptions) -> JobConfig:
 
     values = {name: getattr(options, name) for name in PretrainOptions.__dataclass_fields__}
     try:
-        values |= {name: Store(values[name]).url for name in ("data", "run")}
+        values |= {name: Store(values[name]).url for name in ("data", "run")} | _worker_range(options.num_workers)
         job = JobConfig(**values)
         check_world(job.train, job.num_workers)
+        check_world(job.train, job.least_workers)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return job
+
+
+def _worker_range(words: str) -> dict[str, int | None]:
+    """`8`, or `2:8`."""
+    least, colon, most = words.rpartition(":")
+    if not most.isdecimal() or (colon and not least.isdecimal()):
+        raise UsageError(f"--num-workers ({words}) must be a number, or MIN:MAX as in 2:8")
+    return {"num_workers": int(most), "min_workers": int(least) if colon else None}
 
 
 def _train(job: JobConfig) -> int:

@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 from cluster.relay import News
-from cluster.run_state import DRIVER_EVENTS
 from pipeline.store import Store
-from trainer.metrics import ATTEMPTS, EVENTS, Event
+from trainer.metrics import ATTEMPTS, DRIVER_EVENTS, EVENTS, Event
 
 
 class RunNews:
@@ -42,7 +41,7 @@ class RunNews:
                 lines = self._lines(entry.path)
                 events += lines[self._num_events.get(entry.path, 0) :]
                 self._num_events[entry.path] = len(lines)
-        news.events += [told for event in sorted(events, key=lambda item: item["time"]) for told in _told(event)]
+        news.events += [_told(event) for event in sorted(events, key=lambda item: item["time"])]
         parts = [entry.path for entry in entries if entry.path.startswith(f"{directory}/metrics-")]
         new = [part for part in parts if part not in self._parts_seen]
         for part in new[-1:] if self._is_first else new:
@@ -53,11 +52,6 @@ class RunNews:
         return [json.loads(line) for line in self._run.read(path).splitlines()]
 
 
-def _told(event: Event) -> list[Event]:
-    """The event as the console knows it; nothing for one that it does not show."""
-    kind = event["event"]
-    if kind == "start":
-        return [event | {"event": "attempt"}]
-    if kind == "lost":
-        return [event | {"event": "error"}]
-    return [event] if kind in ("damage", "waiting") else []
+def _told(event: Event) -> Event:
+    """The event as the console knows it: to a driver, a worker's `start` is an attempt."""
+    return event | {"event": "attempt"} if event["event"] == "start" else event

@@ -1,4 +1,4 @@
-"""What a run is doing, from its bucket alone: a few small objects a run, whatever its length."""
+"""What a run is doing, from its bucket alone: but for its goodput, from a few small objects, whatever its length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from cluster.lease import LeaseRecord, is_stale, read_lease
@@ -16,10 +17,8 @@ from pipeline.errors import StoreNotFoundError
 from pipeline.store import Store
 from trainer.config import TrainConfig, num_steps
 from trainer.errors import RunError
-from trainer.metrics import ATTEMPTS, EVENTS, NUM_READS, Event
+from trainer.metrics import ATTEMPTS, DRIVER_EVENTS, EVENTS, NUM_READS, Event
 from trainer.run_files import RUN, read_run
-
-DRIVER_EVENTS = "driver.jsonl"
 
 StateName = Literal[
     "new", "starting", "waiting", "running", "stopping", "stopped", "finished", "failed", "lost", "unreadable"
@@ -44,7 +43,7 @@ class RunState:
     images_per_s: float | None = None
     attempts: int = 0
     goodput: float | None = None
-    """Share of the time since the run began that trained for good."""
+    """Share of the time since the run began that trained for good; None if it was not asked for."""
     age_s: float | None = None
     """Time since the newest record or event."""
     driver: str | None = None
@@ -68,8 +67,12 @@ class _Newest:
         return next((event for event in reversed(self.events) if event["event"] in kinds), None)
 
 
-def read_state(run: Store) -> RunState:
+def read_state(run: Store, *, with_goodput: bool = False) -> RunState:
     """What the run at this URL is doing.
+
+    Args:
+        run: the run's store.
+        with_goodput: reads every record there is, where the rest takes a few requests.
 
     Raises:
         RunError: there is no run.
@@ -93,27 +96,29 @@ def read_state(run: Store) -> RunState:
         loss=record.get("loss"),
         images_per_s=record.get("images_per_s"),
         attempts=newest.num_attempts,
-        goodput=_goodput(run) if newest.num_attempts else None,
+        goodput=_goodput(run) if with_goodput and newest.num_attempts else None,
         age_s=time.time() - max(times) if times else None,
         driver=f"{lease.host}:{lease.pid}" if lease else None,
         workers=tuple(start.get("hosts", ())) if start else (),
     )
 
 
-def read_states(root: Store, max_depth: int) -> list[RunState]:
+def read_states(root: Store, max_depth: int, *, with_goodput: bool = False) -> list[RunState]:
     """The state of every run at or below a URL, in the order of their URLs.
 
     Args:
         root: where to look.
         max_depth: levels of folders that are looked through; nothing below a run is.
+        with_goodput: as of `read_state`.
     """
     with ThreadPoolExecutor(NUM_READS) as pool:
-        return sorted(pool.map(_read_or_tell, _find_runs(root, max_depth, pool)), key=lambda state: state.run)
+        states = pool.map(partial(_read_or_tell, with_goodput), _find_runs(root, max_depth, pool))
+        return sorted(states, key=lambda state: state.run)
 
 
-def _read_or_tell(run: Store) -> RunState:
+def _read_or_tell(with_goodput: bool, run: Store) -> RunState:
     try:
-        return read_state(run)
+        return read_state(run, with_goodput=with_goodput)
     except (RunError, KeyError, ValueError) as error:
         return RunState(run=str(run), state="unreadable", reason=str(error))
 
@@ -189,8 +194,10 @@ def _judge_driven(newest: _Newest, stopping: bool) -> tuple[StateName, str | Non
     return "starting", None
 
 
-def _goodput(run: Store) -> float | None:
-    return None
+def _goodput(run: Store) -> float:
+    from cluster.ledger import read_ledger  # numpy
+
+    return read_ledger(run).goodput
 
 
 def _total(config: TrainConfig, record: dict[str, Any] | None) -> int | None:

@@ -125,7 +125,8 @@ def _submit(options: SubmitOptions, jobs: RayJobs, submission: Submission, run: 
     if options.wait:
         say(_console(options), f"submitted as {job_id} to {jobs.address}")
         return _follow(options, jobs, submission, job_id)
-    return _answer(options, f"submitted as {job_id} to {jobs.address}; see `tarmac status {run}`", "submitted", job_id)
+    look = f"`tarmac status {run} --address {jobs.address}`"
+    return _answer(options, f"submitted as {job_id} to {jobs.address}; see {look}", "submitted", job_id)
 
 
 def _is_driven(run: Store) -> bool:

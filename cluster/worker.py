@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,52 +17,92 @@ import ray.train.torch
 import torch
 
 from cluster.config import JobConfig
+from cluster.lease import LeaseError, check_lease
+from cluster.processes import start_time
+from cluster.relay import Pulse
 from pipeline import Loader, open_dataset
-from pipeline.errors import ManifestError, ShardError, StoreError
+from pipeline.errors import ManifestError, ShardError
 from pipeline.store import Store
 from trainer import parallel
-from trainer.checkpoint import find_resume, newest_step, set_aside
+from trainer.checkpoint import find_resume, set_aside
 from trainer.config import check_world, from_dict
 from trainer.errors import CheckpointError, PeerError, TrainingError
 from trainer.loop import train
-from trainer.metrics import EventLog, attempt_directory, next_attempt
+from trainer.metrics import EventLog, attempt_directory
+from trainer.wishes import Wish
 
-_FATAL = (ValueError, ManifestError, ShardError, CheckpointError, TrainingError)
+_FATAL = (ValueError, ManifestError, ShardError, CheckpointError, TrainingError, LeaseError)
 """Errors that a restart cannot mend: they would come again."""
-
-
-REFUSED = "refused"
-"""Returned by a worker that the driver's relay did not let begin."""
+_PULSE_S = 1.0
 
 
 def train_worker(payload: dict[str, Any]) -> str:
     """Run one rank until the run is finished or asked to stop.
 
     Args:
-        payload: `job`, a JobConfig as JSON values; `relay`, the driver's Relay actor.
+        payload: `job`, a JobConfig as JSON values; `relay`, the driver's Relay actor; `attempt`, this attempt's number;
+            `lease`, the generation of the driver's lease.
 
     Returns:
-        The StopReason's value, or REFUSED; the same on all ranks.
+        The StopReason's value, the same on all ranks.
     """
+    began = time.time()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     job: JobConfig = from_dict(JobConfig, payload["job"])
-    relay = payload["relay"]
+    seat = _Seat(payload["relay"], payload["attempt"], payload["lease"], began)
     try:
-        return _train_rank(job, relay)
+        with _Heartbeat(seat):
+            return _train_rank(job, seat)
     except PeerError:
         raise  # the other rank tells why
     except Exception as error:
-        ray.get(relay.note_error.remote(f"{type(error).__name__}: {error}", isinstance(error, _FATAL)))
+        fatal = isinstance(error, _FATAL)
+        ray.get(seat.relay.note_error.remote(seat.attempt, f"{type(error).__name__}: {error}", fatal))
         raise
 
 
-def _train_rank(job: JobConfig, relay: Any) -> str:
+@dataclass(frozen=True)
+class _Seat:
+    """This worker's place: whom it talks to, in which attempt, under which lease."""
+
+    relay: Any
+    attempt: int
+    lease: int
+    began: float
+
+
+class _Heartbeat(threading.Thread):
+    """Tells the driver once a second that this process is alive."""
+
+    def __init__(self, seat: _Seat) -> None:
+        super().__init__(daemon=True, name="pulse")
+        self._relay, self._attempt = seat.relay, seat.attempt
+        node = ray.get_runtime_context().get_node_id()
+        rank = ray.train.get_context().get_world_rank()
+        self._sign = Pulse(rank=rank, node=node, pid=os.getpid(), started=start_time(os.getpid()))
+        self._closed = threading.Event()
+
+    def run(self) -> None:
+        """Until closed."""
+        while not self._closed.is_set():
+            self._relay.note_pulse.remote(self._attempt, self._sign)
+            self._closed.wait(_PULSE_S)
+
+    def __enter__(self) -> _Heartbeat:
+        """Begin."""
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End."""
+        self._closed.set()
+
+
+def _train_rank(job: JobConfig, seat: _Seat) -> str:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     check_world(job.train, world_size)
     run = Store(job.run, job.train.store)
-    if not parallel.from_rank_zero(lambda: ray.get(relay.admit.remote(_committed_step(run)))):
-        return REFUSED
     num_threads = max(1, int(job.cpus_per_worker))
     torch.set_num_threads(num_threads)
     device = ray.train.torch.get_device()
@@ -66,8 +110,7 @@ def _train_rank(job: JobConfig, relay: Any) -> str:
     damage: list[tuple[str, str]] = []
     commit = find_resume(run, lambda path, reason: damage.append((path, reason)))
     step = commit.step if commit else 0
-    begin = partial(_begin_attempt, run, relay, damage, world_size=world_size, step=step)
-    attempt = parallel.from_rank_zero(begin)
+    parallel.from_rank_zero(partial(_begin_attempt, run, seat, damage, world_size=world_size, step=step))
     data = job.train.data
     if data.num_decode_threads is None:
         data = dataclasses.replace(data, num_decode_threads=num_threads)
@@ -77,31 +120,26 @@ def _train_rank(job: JobConfig, relay: Any) -> str:
             loader,
             run=run,
             num_samples=dataset.num_samples,
-            attempt=attempt,
+            attempt=seat.attempt,
             device=device,
             resume_from=commit,
-            should_stop=lambda: rank == 0 and ray.get(relay.stop_requested.remote()),
-            on_metrics=relay.push.remote,
+            ask=lambda: ray.get(seat.relay.take_wish.remote(seat.attempt)) if rank == 0 else Wish.GO_ON,
+            on_metrics=partial(seat.relay.push.remote, seat.attempt),
+            on_event=partial(seat.relay.announce.remote, seat.attempt),
+            began=seat.began,
+            may_commit=partial(check_lease, run, seat.lease),
         )
     return reason.value
 
 
-def _committed_step(run: Store) -> int | None:
-    """Of the newest checkpoint; None where the store does not answer, which is found out again, and told, later."""
-    try:
-        return newest_step(run) or 0
-    except StoreError:
-        return None
-
-
-def _begin_attempt(run: Store, relay: Any, damage: list[tuple[str, str]], *, world_size: int, step: int) -> int:
-    """On rank 0: number the attempt, set damaged checkpoints aside, and tell the run and the driver."""
-    attempt = next_attempt(run)
-    events = EventLog(run.child(attempt_directory(attempt)))
+def _begin_attempt(run: Store, seat: _Seat, damage: list[tuple[str, str]], *, world_size: int, step: int) -> None:
+    """On rank 0: set damaged checkpoints aside, and tell the run and the driver."""
+    check_lease(run, seat.lease)
+    events = EventLog(run.child(attempt_directory(seat.attempt)))
     events.add_all({"event": "damage", "path": path, "reason": reason} for path, reason in damage)
     events.close()
     set_aside(run, damage)
+    announce = partial(seat.relay.announce.remote, seat.attempt)
     for path, reason in damage:
-        relay.announce.remote({"event": "damage", "path": path, "reason": reason})
-    relay.announce.remote({"event": "attempt", "attempt": attempt, "world_size": world_size, "step": step})
-    return attempt
+        announce({"event": "damage", "path": path, "reason": reason})
+    announce({"event": "attempt", "attempt": seat.attempt, "world_size": world_size, "step": step})

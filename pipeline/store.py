@@ -241,7 +241,11 @@ class Store:
             raise
         except Exception as error:
             kind, reason, remedy = self._backend.explain(error)
-            raise kind(f"{self}/{path}".rstrip("/") + f": {reason}; {remedy}") from error
+            secret = _user_info(self.url)
+            message = f"{self}/{path}".rstrip("/") + f": {reason}; {remedy}"
+            if secret:  # others' messages have the URL as it is
+                raise kind(message.replace(secret, "")) from None
+            raise kind(message) from error
 
 
 def _checked(path: str) -> str:
@@ -260,10 +264,21 @@ def _redacted(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def _user_info(url: str) -> str:
+    """`user:password@` of a URL, or nothing."""
+    netloc = urlsplit(url).netloc if "://" in url else ""
+    return netloc[: netloc.rfind("@") + 1]
+
+
 def _open(url: str, config: StoreConfig) -> tuple[Backend, str, str]:
     """The backend, the normalised URL, and the root that the backend's paths start with."""
     protocol = fsspec.utils.get_protocol(url)
     is_s3 = protocol in ("s3", "s3a")
+    if is_s3 and (_user_info(url) or "?" in url):
+        raise ValueError(
+            f"store url {_redacted(url)!r} must have no user, password or query: credentials come from the standard "
+            "AWS chain"
+        )
     # No shared instances: they would outlive a change of credentials or endpoint in the environment.
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if is_s3:

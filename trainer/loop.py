@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,21 @@ from trainer.checkpoint import Commit
 from trainer.checkpoint_saver import CheckpointSaver
 from trainer.config import TrainConfig, num_steps
 from trainer.errors import TrainingError
-from trainer.metrics import RunLog, SilentLog, StepRecord, attempt_directory
+from trainer.metrics import Event, RunLog, SilentLog, StepRecord, attempt_directory
 from trainer.optim import learning_rate
 from trainer.step_numbers import StepNumbers, StepRead
 from trainer.update import build, update
+from trainer.wishes import Wish
 
 if TYPE_CHECKING:
     from pipeline.loader import Batch
     from pipeline.reader import Quarantined
 
-__all__ = ["StopReason", "TrainingError", "train"]
+__all__ = ["StopReason", "TrainingError", "Wish", "train"]
 
 logger = logging.getLogger(__name__)
+
+_ASK_S = 1.0
 
 
 class StopReason(enum.Enum):
@@ -52,8 +56,11 @@ def train(
     attempt: int,
     device: torch.device,
     resume_from: Commit | None,
-    should_stop: Callable[[], bool],
+    ask: Callable[[], Wish],
     on_metrics: Callable[[StepRecord], None],
+    on_event: Callable[[Event], None] = lambda event: None,
+    began: float | None = None,
+    may_commit: Callable[[], None] = lambda: None,
 ) -> StopReason:
     """Train from a checkpoint, or from the start, to the end of the run or to a request to stop.
 
@@ -67,8 +74,12 @@ def train(
         attempt: number of this attempt, of which no other has the same.
         device: where this rank's part of the model lives.
         resume_from: from `checkpoint.find_resume`.
-        should_stop: asked once a log interval; if any rank says so, all save and stop.
+        ask: called between steps, about once a second and after each log interval; all ranks do what any of them is
+            asked.
         on_metrics: given every step's record, on rank 0.
+        on_event: given every event, likewise.
+        began: when this process turned to the attempt, in seconds since 1970, for the `start` event; None is now.
+        may_commit: called on rank 0 before a checkpoint is committed; nothing is if it raises.
 
     Raises:
         TrainingError: too many updates in a row were skipped because loss or gradient were not finite or spiked, or
@@ -79,18 +90,27 @@ def train(
     step = resume_from.step if resume_from else 0
     if step >= total_steps:
         return StopReason.FINISHED
+    began = time.time() if began is None else began
     shard_size = config.parallel.shard_size
-    with parallel.process_mesh(device, shard_size) as mesh, _open_log(config, run, attempt, on_metrics) as log:
+    with (
+        parallel.process_mesh(device, shard_size) as mesh,
+        _open_log(config, run, attempt, on_metrics, on_event) as log,
+    ):
         trainee = build(config, device, mesh)
         if resume_from is not None:
             checkpoint.load(run, resume_from, trainee.model, trainee.optimizer, trainee.extra_tensors())
-        _log_start(log, attempt, resume_from)
+        _log_start(log, attempt, resume_from, began)
         batches = iter(loader)
         numbers = StepNumbers(config, num_samples, device)
         quarantined: list[Quarantined] = []
-        stopping = False
+        stopping, questions = False, _Questions(ask, step)
 
-        with _saver(config, run, log) as saver:
+        with _saver(config, run, log, may_commit) as saver:
+
+            def tell() -> None:
+                questions.pace(_report(log, numbers, quarantined, config.optim.max_skipped_steps))
+                _log_saved(log, saver)
+
             while step < total_steps and not stopping:
                 lr = learning_rate(config, step, total_steps)
                 quarantined += update(config, trainee, batches, numbers, step=step, lr=lr)
@@ -99,13 +119,15 @@ def train(
                 look_due = step % config.log.every_steps == 0 or step == total_steps
                 save_due = step % config.checkpoint.every_steps == 0 or step == total_steps
                 if look_due or save_due:
-                    _report(log, numbers, quarantined, config.optim.max_skipped_steps)
-                    _log_saved(log, saver)
-                if look_due:
-                    stopping, failed = parallel.any_of(parallel.together(should_stop), saver.failed())
+                    tell()
+                if look_due or questions.due(step):
+                    stopping, saving, failed = questions.put(step, saver)
                     if failed:
                         saver.wait()
-                if save_due or stopping:
+                    save_due = save_due or saving or stopping
+                    if saving or stopping:
+                        tell()  # a checkpoint's steps are on record before it is
+                if save_due:
                     state = checkpoint.state_of(trainee.model, trainee.optimizer, trainee.extra_tensors())
                     saver.start(state, step=step, samples_seen=step * config.data.global_batch_size)
                     numbers.restart_clock()
@@ -117,26 +139,60 @@ def train(
     return reason
 
 
-def _open_log(config: TrainConfig, run: Store, attempt: int, on_metrics: Callable[[StepRecord], None]) -> RunLog:
+class _Questions:
+    """Puts `ask` to the ranks about once a second, at steps that all of them know."""
+
+    def __init__(self, ask: Callable[[], Wish], step: int) -> None:
+        self._ask = ask
+        self._last, self._every = step, 1
+
+    def due(self, step: int) -> bool:
+        """Whether a second has gone by, after `step` updates."""
+        return step - self._last >= self._every
+
+    def put(self, step: int, saver: CheckpointSaver) -> tuple[bool, bool, bool]:
+        """Whether any rank is asked to stop, is asked to save, and had a save that failed. A collective."""
+        self._last = step
+        wish = parallel.together(self._ask)
+        stop, save, failed = parallel.any_of(wish is Wish.STOP, wish is Wish.SAVE, saver.failed())
+        return stop, save, failed
+
+    def pace(self, steps: list[StepRead]) -> None:
+        """Learn from the last steps, which are the same on all ranks, how many make a second."""
+        if steps:
+            step_s = sum(read.record["step_s"] for read in steps) / len(steps)
+            self._every = max(1, int(_ASK_S / step_s))
+
+
+def _open_log(
+    config: TrainConfig,
+    run: Store,
+    attempt: int,
+    on_metrics: Callable[[StepRecord], None],
+    on_event: Callable[[Event], None],
+) -> RunLog:
     if parallel.rank() != 0:
         return SilentLog()
-    return RunLog(run.child(attempt_directory(attempt)), config.log.flush_s, on_metrics)
+    return RunLog(run.child(attempt_directory(attempt)), config.log.flush_s, on_metrics, on_event)
 
 
-def _log_start(log: RunLog, attempt: int, resume_from: Commit | None) -> None:
+def _log_start(log: RunLog, attempt: int, resume_from: Commit | None, began: float) -> None:
     processes = parallel.gather((os.getpid(), socket.gethostname()))
     log.event(
         "start",
         step=resume_from.step if resume_from else 0,
         attempt=attempt,
         world_size=len(processes),
+        began=began,
         resumed_from=resume_from.directory if resume_from else None,
         pids=[pid for pid, _ in processes],
         hosts=[host for _, host in processes],
     )
 
 
-def _report(log: RunLog, numbers: StepNumbers, quarantined: list[Quarantined], max_skipped_steps: int) -> None:
+def _report(
+    log: RunLog, numbers: StepNumbers, quarantined: list[Quarantined], max_skipped_steps: int
+) -> list[StepRead]:
     """Read the numbers of the last steps, and write them, skipped steps and replaced samples to the log."""
     replaced = [sample for rank in parallel.gather(quarantined) for sample in rank]
     log.events({"event": "quarantined", **dataclasses.asdict(sample)} for sample in replaced)
@@ -144,8 +200,8 @@ def _report(log: RunLog, numbers: StepNumbers, quarantined: list[Quarantined], m
     steps = numbers.read()
     log.events(_skipped_event(step) for step in steps if step.record["skipped"])
     log.records(step.record for step in steps)
-    last = max(steps, key=lambda step: step.skipped_in_a_row)
-    if last.skipped_in_a_row > max_skipped_steps:
+    last = max(steps, key=lambda step: step.skipped_in_a_row, default=None)
+    if last is not None and last.skipped_in_a_row > max_skipped_steps:
         event = _skipped_event(last)
         found = f"loss {last.record['loss']:g}, gradient norm {last.record['grad_norm']:g}"
         log.event("stop", step=last.record["step"], reason=event["reason"], found=found)
@@ -155,6 +211,7 @@ def _report(log: RunLog, numbers: StepNumbers, quarantined: list[Quarantined], m
             f"{'not finite' if event['reason'] == 'non_finite' else 'a spike'} ({found}; samples {last.suspects}). "
             "No checkpoint holds them. Lower optim.base_lr, or train with parallel.precision fp32"
         )
+    return steps
 
 
 def _skipped_event(step: StepRead) -> dict[str, Any]:
@@ -170,17 +227,21 @@ def _skipped_event(step: StepRead) -> dict[str, Any]:
     }
 
 
-def _saver(config: TrainConfig, run: Store, log: RunLog) -> CheckpointSaver:
+def _saver(config: TrainConfig, run: Store, log: RunLog, may_commit: Callable[[], None]) -> CheckpointSaver:
     def prune(commit: Commit) -> None:
         try:
             checkpoint.prune(run, config.checkpoint.keep_last, commit, config.checkpoint.keep_every_steps)
         except StoreError as error:
             logger.warning("old checkpoints stay: %s", error)
 
-    # A step that is in a checkpoint is never done again, so its record must not be lost: first the records.
+    def before_commit() -> None:
+        # A step that is in a checkpoint is never done again, so its record must not be lost: first the records.
+        log.flush()
+        may_commit()
+
     return CheckpointSaver(
         run,
-        before_commit=log.flush,
+        before_commit=before_commit,
         after_commit=prune,
         patience_s=config.store.deadline_s,
         asynchronous=config.checkpoint.asynchronous,

@@ -167,15 +167,21 @@ class EventLog:
 
 
 class RunLog:
-    """Everything that one attempt tells: step records to the run and to `on_metrics`, events to the run.
+    """Everything that one attempt tells: step records to the run and to `on_metrics`, events likewise.
 
     A context manager; leaving it writes what is queued. Only rank 0 has one that writes.
     """
 
-    def __init__(self, attempt: Store, flush_s: float, on_metrics: Callable[[StepRecord], None]) -> None:
+    def __init__(
+        self,
+        attempt: Store,
+        flush_s: float,
+        on_metrics: Callable[[StepRecord], None],
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
         self._metrics = MetricsWriter(attempt, flush_s)
         self._events = EventLog(attempt)
-        self._on_metrics = on_metrics
+        self._on_metrics, self._on_event = on_metrics, on_event
 
     def records(self, records: Iterable[StepRecord]) -> None:
         """Step records, oldest first."""
@@ -186,12 +192,14 @@ class RunLog:
 
     def event(self, kind: str, **fields: Any) -> None:
         """One event."""
-        self._events.add(kind, **fields)
+        self.events([{"event": kind, **fields}])
 
     def events(self, events: Iterable[Event]) -> None:
         """Several events."""
         if events := list(events):
             self._events.add_all(events)
+            for event in events:
+                self._on_event(event)
 
     def flush(self) -> None:
         """Write the queued step records now. Raises StoreError."""

@@ -115,7 +115,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         # PyTorch's kernel for this case takes two to six times as long as its parts, and is no more exact.
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
+        found: Tensor = scores.softmax(dim=-1) @ value
+        return found.transpose(1, 2).flatten(2)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 

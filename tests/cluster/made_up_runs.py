@@ -32,7 +32,7 @@ def columns(
     count = len(steps)
     took, wait = (np.broadcast_to(np.array(seconds, dtype=float), count).copy() for seconds in (step_s, data_wait_s))
     ones = np.ones(count)
-    return StepColumns(np.array(steps), np.array(times, dtype=float), took, wait, ones, ones * 1e-3, ones * 100)
+    return StepColumns(np.array(steps), np.array(times, dtype=float), took, wait, ones, ones, ones)
 
 
 class MadeUpRun:

@@ -17,7 +17,7 @@ from pipeline.config import AugmentConfig, DataConfig
 from pipeline.store import Store
 from trainer import recipes
 from trainer.config import OptimConfig, TrainConfig
-from trainer.loop import train
+from trainer.loop import Wish, train
 from trainer.run_files import open_run
 
 TINY = [
@@ -94,7 +94,7 @@ def test_bench_refuses_what_it_does_not_know(capsys, tmp_path):
 def test_help_names_every_command_and_every_command_shows_an_example(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out
-    for command in ("shard", "verify", "inspect", "pretrain", "reconstruct", "curve", "bench"):
+    for command in ("shard", "verify", "inspect", "pretrain", "reconstruct", "curve", "report", "bench"):
         assert command in overview
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
@@ -163,7 +163,7 @@ def run(dataset, tmp_path):
             attempt=1,
             device=torch.device("cpu"),
             resume_from=None,
-            should_stop=lambda: False,
+            ask=lambda: Wish.GO_ON,
             on_metrics=lambda record: None,
         )
     return job.run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_runs import MadeUpRun, columns
 
+from cluster.lease import acquire
 from cluster.ledger import KINDS, Ledger, make_ledger, read_ledger
 from pipeline.store import Store
 from trainer.errors import RunError
+from trainer.metrics import DRIVER_EVENTS, EventLog
 
 ZERO = dict.fromkeys(KINDS, 0.0)
 
@@ -219,6 +222,22 @@ def test_a_run_is_read_from_its_store(tmp_path: Path) -> None:
     ledger = read_ledger(Store(str(tmp_path)))
     assert len(ledger.rows) > 1
     assert ledger.seconds == pytest.approx(made.account(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("driver", "released", "wall_s"), [("a", False, 100), ("a", True, 40), ("another", False, 40)])
+def test_a_lease_that_is_held_says_until_when_its_driver_is_at_work(
+    tmp_path: Path, driver: str, released: bool, wall_s: float
+) -> None:
+    run = Store(str(tmp_path))
+    log = EventLog(run.child("attempts/0001"), DRIVER_EVENTS)
+    log.add_all([asked(1, 1000, "first"), event(1, "placed", 1040)])
+    with acquire(run) as held:
+        lease = held.record
+    lease = dataclasses.replace(lease, generation=2, driver=driver, renewed=1100.0, released=released)
+    run.write("lease/000002.json", lease.to_json())
+    ledger = read_ledger(run)
+    check_sums(ledger, wall_s)
+    assert ledger.seconds["starting"] == wall_s - 40
 
 
 def test_a_part_that_is_no_json_is_named(tmp_path: Path) -> None:

@@ -1,48 +1,72 @@
-"""The driver's and workers' shared memory: crash loops, fatal errors, news taken once."""
+"""The driver's and workers' shared memory: news taken once, errors of an attempt that stay, wishes."""
 
-from cluster.relay import Relay
+from cluster.relay import Pulse, Relay
+from trainer.wishes import Wish
 
 
-def test_news_is_taken_once_and_a_fatal_error_stays():
-    relay = Relay(3)
-    relay.push({"step": 1})
-    relay.announce({"event": "attempt"})
+def relay_of(attempt: int) -> Relay:
+    relay = Relay()
+    relay.begin(attempt)
+    return relay
+
+
+def test_news_is_taken_once_and_an_attempts_errors_stay():
+    relay = relay_of(1)
+    relay.push(1, {"step": 1})
+    relay.announce(1, {"event": "attempt"})
     news = relay.take()
-    assert news.records == [{"step": 1}]
-    assert news.events == [{"event": "attempt"}]
-    assert news.fatal is None
-    relay.note_error("RuntimeError: connection reset", fatal=False)
-    relay.note_error("RuntimeError: collateral", fatal=False)
+    assert (news.records, news.events, news.error, news.fatal) == ([{"step": 1}], [{"event": "attempt"}], None, None)
+    relay.note_error(1, "RuntimeError: connection reset", fatal=False)
+    relay.note_error(1, "RuntimeError: collateral", fatal=False)
+    relay.note_error(1, "ShardError: a", fatal=True)
+    for _ in range(2):
+        news = relay.take()
+        assert (news.records, news.events) == ([], [])
+        assert (news.error, news.fatal) == ("RuntimeError: connection reset", "ShardError: a")
+
+
+def test_what_workers_of_an_earlier_attempt_still_say_does_not_count():
+    relay = relay_of(1)
+    relay.note_error(1, "ShardError: a", fatal=True)
+    relay.wish(Wish.STOP)
+    relay.begin(2)
+    relay.push(1, {"step": 7})
+    relay.announce(1, {"event": "save"})
+    relay.note_error(1, "late", fatal=True)
+    relay.note_pulse(1, Pulse(0, "node", 1, 2))
     news = relay.take()
-    assert news.fatal is None
-    assert news.events == [{"event": "error", "error": "RuntimeError: connection reset"}]
-    relay.note_error("ShardError: a", fatal=True)
-    relay.note_error("RuntimeError: collateral", fatal=False)
-    assert relay.take().fatal == "ShardError: a"
-    assert relay.take().fatal == "ShardError: a"
-    assert not relay.admit(80)
+    assert (news.records, news.events, news.pulses, news.fatal) == ([], [], [], None)
+    assert relay.take_wish(2) is Wish.GO_ON
 
 
-def test_attempts_without_progress_are_a_crash_loop():
-    relay = Relay(2)
-    for committed in (0, 0, 40, 40):  # progress in between starts the count anew
-        assert relay.admit(committed)
-    relay.note_error("OSError: no space", fatal=False)
-    assert not relay.admit(40)
-    reason = relay.take().fatal
-    assert reason is not None
-    assert "2 attempts in a row committed nothing after step 40" in reason
-    assert "no space" in reason
+def test_a_save_is_asked_for_once_and_a_stop_until_it_is_done():
+    relay = relay_of(1)
+    assert relay.take_wish(1) is Wish.GO_ON
+    relay.wish(Wish.SAVE)
+    assert relay.take_wish(0) is Wish.GO_ON  # not the one that was asked
+    assert [relay.take_wish(1) for _ in range(2)] == [Wish.SAVE, Wish.GO_ON]
+    relay.wish(Wish.STOP)
+    relay.wish(Wish.SAVE)
+    assert [relay.take_wish(1) for _ in range(2)] == [Wish.STOP, Wish.STOP]
 
 
-def test_attempts_that_never_reach_the_store_are_a_crash_loop_too():
-    relay = Relay(3)
-    assert [relay.admit(None) for _ in range(4)] == [True, True, True, False]
-    assert "committed nothing after step 0" in str(relay.take().fatal)
+def test_pulses_grow_old_until_the_next():
+    relay = relay_of(3)
+    relay.note_pulse(3, Pulse(0, "a", 10, 100))
+    relay.note_pulse(3, Pulse(1, "b", 11, 101))
+    first = relay.take().pulses
+    assert [(pulse.rank, pulse.node, pulse.pid, pulse.started) for pulse in first] == [
+        (0, "a", 10, 100),
+        (1, "b", 11, 101),
+    ]
+    relay.note_pulse(3, Pulse(1, "b", 11, 101))
+    old, young = relay.take().pulses
+    assert old.age_s > first[0].age_s
+    assert young.age_s < old.age_s
 
 
-def test_a_stop_request_is_remembered():
-    relay = Relay(1)
-    assert not relay.stop_requested()
-    relay.request_stop()
-    assert relay.stop_requested()
+def test_notices_come_whichever_attempt_runs():
+    relay = relay_of(1)
+    relay.note_notice({"node": "a", "source": "ec2", "deadline": None})
+    relay.begin(2)
+    assert [relay.take().notices, relay.take().notices] == [[{"node": "a", "source": "ec2", "deadline": None}], []]

@@ -16,7 +16,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.draining import alive_nodes, draining_nodes
-from cluster.node_agent import NodeAgents, start_time
+from cluster.node_agent import NodeAgents
+from cluster.processes import start_time
 from tests.cluster.metadata_server import MetadataServer, serve_metadata
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -32,28 +33,31 @@ while True:
 """
 
 
-class Notices:
+def start_relay(node: str) -> Any:
     """Stands where the driver's relay does."""
 
-    def __init__(self) -> None:
-        self.notices: list[dict[str, Any]] = []
+    class Notices:  # in a function, so that Ray sends it by value: workers cannot import this file
+        def __init__(self) -> None:
+            self.notices: list[dict[str, Any]] = []
 
-    def note_notice(self, notice: dict[str, Any]) -> None:
-        self.notices.append(notice)
+        def note_notice(self, notice: dict[str, Any]) -> None:
+            self.notices.append(notice)
 
-    def noted(self) -> list[dict[str, Any]]:
-        return self.notices
+        def noted(self) -> list[dict[str, Any]]:
+            return self.notices
+
+    return ray.remote(Notices).options(num_cpus=0, label_selector={"ray.io/node-id": node}).remote()
 
 
 @pytest.fixture(scope="module")
 def metadata() -> Iterator[MetadataServer]:
-    with serve_metadata("ec2") as server:
+    with serve_metadata("gcp") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def cluster(metadata: MetadataServer) -> Iterator[Cluster]:
-    """A head, and a node that believes to be an EC2 instance."""
+    """A head, and a node that takes itself for a Spot VM of Compute Engine."""
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=1, env_vars=metadata.environment())
@@ -99,7 +103,7 @@ def test_agents_end_with_a_driver_that_is_killed(cluster: Cluster) -> None:
 
 def test_a_notice_drains_its_node_and_reaches_the_relay(cluster: Cluster, metadata: MetadataServer) -> None:
     spot = spot_node(cluster)
-    relay = ray.remote(Notices).options(num_cpus=0).remote()
+    relay = start_relay(cluster.head_node.node_id)
     agents = NodeAgents(relay)
     agents.refresh()
     wait_for(lambda: len(agent_pids(cluster)) == 2)
@@ -119,12 +123,19 @@ def test_a_notice_drains_its_node_and_reaches_the_relay(cluster: Cluster, metada
     assert start_time(frozen.pid) is None
 
     assert draining_nodes() == {}
-    deadline = float(int(time.time()) + 120)
-    metadata.notify(deadline)
+    metadata.maintenance = "TERMINATE_ON_HOST_MAINTENANCE"
     wait_for(lambda: bool(draining_nodes()))
-    assert draining_nodes() == {spot: deadline}
-    wait_for(lambda: bool(ray.get(relay.noted.remote())))
-    assert ray.get(relay.noted.remote()) == [{"node": spot, "source": "ec2", "deadline": deadline}]
+    assert draining_nodes() == {spot: None}
+    earliest = time.time() + 20
+    metadata.preempted = "TRUE"
+    wait_for(lambda: draining_nodes() != {spot: None})
+    deadline = draining_nodes()[spot]
+    assert deadline is not None
+    assert earliest <= deadline <= time.time() + 30
+    wait_for(lambda: len(ray.get(relay.noted.remote())) == 2)
+    notices = ray.get(relay.noted.remote())
+    assert [(notice["node"], notice["source"]) for notice in notices] == [(spot, "gcp")] * 2
+    assert [notice["deadline"] for notice in notices] == [None, pytest.approx(deadline, abs=0.001)]
 
     agents.refresh()
     assert spot in (alive_nodes() or ())  # the agent keeps it up

@@ -22,7 +22,7 @@ from pipeline.errors import StoreError
 from pipeline.store import Store
 from trainer import checkpoint, parallel
 from trainer.checkpoint_saver import CheckpointSaver
-from trainer.loop import train
+from trainer.loop import Wish, train
 from trainer.metrics import read_events
 
 
@@ -148,7 +148,7 @@ def _train_on_a_full_disk(url: str) -> tuple[str, int]:
     try:
         train(
             config, batches(), run=_FullAfterOne(url), num_samples=NUM_SAMPLES, attempt=1, device=CPU,
-            resume_from=None, should_stop=lambda: False, on_metrics=lambda record: None,
+            resume_from=None, ask=lambda: Wish.GO_ON, on_metrics=lambda record: None,
         )  # fmt: skip
     except StoreError as error:
         return str(error), seen

@@ -33,7 +33,7 @@ from trainer.config import (
     ParallelConfig,
     TrainConfig,
 )
-from trainer.loop import StopReason, train
+from trainer.loop import StopReason, Wish, train
 from trainer.metrics import read_metrics
 
 SAMPLES_PER_SHARD = np.array([13, 20, 7])
@@ -130,7 +130,7 @@ def train_attempt(
         attempt=attempt,
         device=CPU,
         resume_from=commit,
-        should_stop=lambda: stop_at is not None and bool(records) and records[-1]["step"] >= stop_at,
+        ask=lambda: Wish.STOP if stop_at is not None and records and records[-1]["step"] >= stop_at else Wish.GO_ON,
         on_metrics=records.append,
     )
     return Told(reason, records)

@@ -1,0 +1,84 @@
+"""The cluster's nodes as the driver sees them: which are up, which are about to go, how many workers they hold."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from cluster.capacity import num_fitting, num_within, worker_resources, world_within
+from cluster.config import JobConfig
+from cluster.draining import draining_nodes
+
+_REFRESH_S = 0.5
+_ANSWER_S = 0.5
+_NUM_CALLS = 32
+
+
+class Nodes:
+    """Looks at Ray's nodes twice a second.
+
+    Args:
+        job: what one worker needs, and how many there may be.
+    """
+
+    def __init__(self, job: JobConfig) -> None:
+        self._job, self._need = job, worker_resources(job)
+        self._next = 0.0
+        self._nodes: list[dict[str, Any]] = []
+        self._gone: set[str] = set()
+        self.leaving: dict[str, float | None] = {}
+        """Nodes that will be taken away, with the time in seconds since 1970, or None if it is not known."""
+
+    def refresh(self) -> None:
+        """Look again, if the last look is half a second old."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _REFRESH_S
+        self._nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        alive = {node["NodeID"] for node in self._nodes if node["Alive"]}
+        self._gone &= alive  # Ray knows it by now
+        noticed = {node: deadline for node, deadline in self.leaving.items() if node in alive}
+        self.leaving = noticed | draining_nodes()
+
+    def note_notices(self, notices: Iterable[dict[str, Any]]) -> None:
+        """What agents have heard; Ray's own word comes a moment later."""
+        self.leaving |= {notice["node"]: notice["deadline"] for notice in notices}
+
+    def look_for_dead(self) -> None:
+        """Leave out nodes whose raylet does not answer: Ray itself notices only after several health checks."""
+        alive = [node for node in self._nodes if node["Alive"]]
+        with ThreadPoolExecutor(_NUM_CALLS) as pool:
+            answers = pool.map(_answers, alive)
+            self._gone = {node["NodeID"] for node, up in zip(alive, answers, strict=True) if not up}
+
+    def capacity(self) -> int | None:
+        """The world size that the nodes that stay could hold, were nothing else on them; None if it is too few."""
+        return world_within(self._job, num_fitting(self._nodes, self._avoided(), self._need))
+
+    def room(self, num_running: int = 0) -> int | None:
+        """The world size that fits now, beside what else runs, if `num_running` workers of ours do already."""
+        fitting = num_fitting(self._nodes, self._avoided(), self._need)
+        free = num_within(ray.available_resources(), self._need)  # type: ignore[no-untyped-call]
+        return world_within(self._job, min(fitting, free + num_running))
+
+    def amounts(self) -> tuple[dict[str, float], dict[str, float]]:
+        """What the fewest workers need, and what the cluster has in all, in use or not."""
+        have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        need = {kind: amount * self._job.least_workers for kind, amount in self._need.items()}
+        return need, {kind: float(have.get(kind, 0.0)) for kind in need}
+
+    def _avoided(self) -> Collection[str]:
+        return self._gone | set(self.leaving)
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _ANSWER_S).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,182 @@
+"""What is sent to a cluster and what is refused before: no cluster is needed to know."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray._private.runtime_env.packaging import get_uri_for_directory
+from run_folders import write_lines
+
+from cluster.cli import main
+from cluster.ray_jobs import is_loopback
+from cluster.run_commands import PretrainOptions, job_of
+from cluster.shipping import pins, runtime_env, stage
+from cluster.submit import Submission, job_prefix
+from pipeline import open_dataset
+from pipeline.store import Store
+from tests.ray_head import CANARIES
+from trainer import recipes
+from trainer.run_files import open_run
+
+ROOT = Path(__file__).parents[2]
+FAR, NEAR = "http://head.example:8265", "http://127.0.0.1:1"
+
+
+def answer(capsys, *arguments):
+    """Exit code and words of `tarmac submit demo`."""
+    capsys.readouterr()
+    try:
+        code = main(["submit", "demo", *map(str, arguments)])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return code, " ".join((captured.out + captured.err).split())
+
+
+@pytest.fixture
+def dataset(photos, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for photo in photos[:6]:
+        shutil.copy(photo, folder / photo.name)
+    url = str(tmp_path / "dataset")
+    assert main(["shard", str(folder), url, "--num-workers", "1"]) == 0
+    return url
+
+
+@pytest.mark.parametrize("url", ["data", "/tmp/data", "file:///tmp/data", "memory://data"])
+def test_a_cluster_elsewhere_needs_storage_that_it_reaches(capsys, url):
+    for name, other in (("data", "run"), ("run", "data")):
+        code, words = answer(capsys, f"--{name}", url, f"--{other}", "s3://bucket/x", "--address", FAR)
+        assert code == 2
+        assert f"--{name} ({url}) must be in storage that every node of {FAR} reaches, as s3://bucket/path" in words
+
+
+@pytest.mark.parametrize("url", ["s3://key:hidden@bucket/x", "s3://bucket/x?token=hidden", "http://u:hidden@host/x"])
+def test_urls_with_secrets_are_refused_and_not_repeated(capsys, url):
+    code, words = answer(capsys, "--data", "s3://bucket/d", "--run", url, "--address", FAR)
+    assert code == 2
+    assert "must have no user, password or query" in words
+    assert "hidden" not in words
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["head:8265", "ray://head:10001", "auto", "http://", "http://u:hidden@head:8265", "http://head/?t=hidden"],
+)
+def test_addresses_that_are_no_dashboards(capsys, address):
+    code, words = answer(capsys, "--data", "s3://bucket/d", "--run", "s3://bucket/r", "--address", address)
+    assert code == 2
+    assert "--address (" in words
+    assert "hidden" not in words
+
+
+def test_wrong_use_is_refused_before_anything_is_asked(capsys, monkeypatch):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    urls = ("--data", "s3://bucket/d", "--run", "s3://bucket/r")
+    code, words = answer(capsys, *urls)
+    assert code == 2
+    assert "submit needs --address, the URL of the cluster's Ray dashboard, as in http://HEAD:8265" in words
+    code, words = answer(capsys, *urls, "--address", FAR, "--data.num-lanes", "4", "--num-workers", "5")
+    assert code == 2
+    assert "num_workers (5) must be at most data.num_lanes (4)" in words
+    assert answer(capsys, *urls, "--address", FAR, "--max-resubmissions", "-1")[0] == 2
+    for command in (["logs", "r"], ["stop", "r", "--now"]):
+        assert main(command) == 2
+        assert "needs --address" in capsys.readouterr().err
+
+
+def test_a_run_of_another_recipe_a_finished_one_and_no_cluster(capsys, dataset, tmp_path):
+    run, urls = tmp_path / "run", ("--data", dataset, "--address", NEAR, "--run", str(tmp_path / "run"))
+    code, words = answer(capsys, *urls)
+    assert code == 1
+    assert f"no Ray cluster answers at {NEAR} (no connection)" in words
+    assert not run.exists()
+    open_run(Store(str(run)), recipes.get("demo"), open_dataset(dataset).manifest.digest())
+    code, words = answer(capsys, *urls, "--optim.base-lr", "0.5")
+    assert code == 2
+    assert "optim.base_lr: 0.0015 -> 0.5" in words or re.search(r"optim\.base_lr: \S+ -> 0\.5", words)
+    write_lines(Store(str(run)), 1, "events.jsonl", [{"event": "stop", "step": 9, "reason": "finished", "time": 0.0}])
+    code, words = answer(capsys, *urls)
+    assert code == 0
+    assert "finished" in words
+    code, words = answer(capsys, "--data", tmp_path / "absent", *urls[2:])
+    assert code == 1
+    assert "manifest" in words
+
+
+def test_which_addresses_are_this_machine():
+    near = ("http://127.0.0.1:8265", "https://localhost", "http://[::1]:8265", "http://127.1.2.3:1")
+    assert [is_loopback(address) for address in near] == [True] * 4
+    assert not any(map(is_loopback, ("http://10.0.0.1:8265", "http://head:8265", "http://localhost.example:1")))
+
+
+def test_ids_tell_runs_apart_and_stay():
+    first = job_prefix("s3://bucket/runs/vit b+1")
+    assert re.fullmatch(r"tarmac-vit-b-1-[0-9a-f]{10}-", first)
+    assert job_prefix("s3://bucket/runs/vit b+1") == first
+    assert job_prefix("s3://other/runs/vit b+1") != first
+
+
+def submission(environment="pinned"):
+    job = job_of(PretrainOptions(data="s3://bucket/d", run="s3://bucket/r", train=recipes.get("demo")))
+    overrides = ("--num-workers", "2", "--optim.num-steps", "5")
+    return Submission(job=job, recipe="demo", overrides=overrides, environment=environment)
+
+
+def test_what_is_shipped_is_our_code_the_pins_and_no_secret(monkeypatch, tmp_path):
+    secrets = CANARIES | {"RAY_AUTH_TOKEN": "canarytokensecret"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        stage(tmp_path / name)
+    staged = tmp_path / "one"
+    packages = ["cluster", "pipeline", "trainer"]
+    assert [path.name for path in sorted(staged.iterdir()) if not path.name.endswith(".dist-info")] == packages
+    sources = {path.relative_to(ROOT) for name in packages for path in (ROOT / name).rglob("*.py")}
+    assert {path.relative_to(staged) for path in staged.rglob("*.py")} == sources
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    assert not [path for path in files if "__pycache__" in path.parts or path.is_symlink()]
+    sent = submission()
+    said = repr((sent.entrypoint(), sent.metadata(), runtime_env(staged, pinned=True))).encode()
+    everything = said + b"".join(path.read_bytes() for path in files)
+    assert not [value for value in secrets.values() if value.encode() in everything]
+    assert str(ROOT).encode() not in everything
+    uris = {get_uri_for_directory(str(tmp_path / name), include_gitignore=True) for name in ("one", "two")}
+    assert len(uris) == 1  # the cluster has it already
+
+
+def test_shipped_code_is_found_first_and_knows_its_version(tmp_path):
+    stage(tmp_path)
+    program = "import cluster, trainer, importlib.metadata as m; print(cluster.__file__, m.version('tarmac'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / "cluster" / "__init__.py"), "0.1.0"]
+
+
+def test_the_command_is_the_one_that_a_person_would_type():
+    assert submission().entrypoint() == (
+        "python -m cluster.cli pretrain demo --data s3://bucket/d --run s3://bucket/r "
+        "--num-workers 2 --optim.num-steps 5"
+    )
+    known = {"run": "s3://bucket/r", "recipe": "demo", "data": "s3://bucket/d", "tarmac": "0.1.0"}
+    assert submission().metadata() == known
+
+
+def test_the_pinned_environment_has_what_a_job_needs_and_leaves_ray_alone(tmp_path):
+    stage(tmp_path)
+    constraints = (tmp_path / "cluster" / "constraints.txt").read_text()
+    assert constraints == (ROOT / "constraints.txt").read_text()
+    pinned = pins(constraints)
+    names = {pin.partition("==")[0] for pin in pinned}
+    assert {"torch", "s3fs", "pyarrow", "nvidia-dali-cuda130", "tyro"} <= names
+    assert not {"ray", "pytest", "moto", "webdataset"} & names
+    assert set(pinned) <= set(constraints.splitlines())
+    packages = runtime_env(tmp_path, pinned=True)["pip"]["packages"]
+    assert packages[2:] == pinned
+    assert packages[1] == "--constraint ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/cluster/constraints.txt"
+    assert runtime_env(tmp_path, pinned=False) == {"working_dir": str(tmp_path)}

@@ -25,7 +25,7 @@ from benchmarks.peers.goals import Goal
 from benchmarks.peers.report import machine, print_goals
 from cluster.demo_run import Terminal
 from tests.chaos.faults import ROWS, Row
-from tests.chaos.goals import goals_of
+from tests.chaos.goals import MAX_LOSS_DIFFERENCE, goals_of
 from tests.chaos.night import bad_night
 from tests.chaos.nodes import ray_environment
 from tests.chaos.scene import Job
@@ -98,7 +98,7 @@ def holds(row: dict[str, Any]) -> bool:
     """Whether the run came to its end with every sample once, and the right losses or weights."""
     if "error" in row or row["samples_wrong"]:
         return False
-    return bool(row["loss_difference"] <= 1e-4 if row["resized"] else row["same_weights"])
+    return bool(row["loss_difference"] <= MAX_LOSS_DIFFERENCE if row["resized"] else row["same_weights"])
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:

@@ -144,7 +144,7 @@ def goodput(steps: Sequence[tuple[int, float]], begin: float, end: float) -> flo
 
 
 def summary(history: History) -> dict[str, Any]:
-    """Attempts and how they were lost, for the table's last column."""
+    """How many workers each attempt had, and what told of those that were lost."""
     lost = [event["detected"] for event in history.events if event["event"] == "lost"]
     worlds = [event["world_size"] for event in history.events if event["event"] == "start"]
     return {"world_sizes": worlds, "lost_by": lost}

@@ -6,7 +6,7 @@ import http.client
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,6 +39,8 @@ class Faults:
     tokens: list[str] = field(default_factory=list)
     """The session tokens of the requests so far."""
     over: threading.Event = field(default_factory=threading.Event)
+    on_request: Callable[[str], Action | None] = lambda _: None
+    """Called with method and URL of every request before it is passed on; may name a fault for it."""
 
     def plan(self, *faults: tuple[str, str, Action]) -> None:
         """Add faults, and forget the requests so far."""
@@ -48,6 +50,8 @@ class Faults:
     def take(self, method: str, path: str) -> Action | None:
         """The fault for this request."""
         self.requests.append(f"{method} {path}")
+        if (action := self.on_request(self.requests[-1])) is not None:
+            return action
         for number, (wanted, part, action) in enumerate(self.planned):
             if wanted == method and part in path:
                 del self.planned[number]

@@ -1,0 +1,67 @@
+"""The goals of `make chaos`, and whether what was measured meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from benchmarks.peers.goals import Goal
+from tests.chaos.faults import BACK_WITHIN_S, Row
+
+SAVED_WITHIN_S = 6.0
+MAX_LOSS_DIFFERENCE = 1e-4
+MIN_GOODPUT = 0.85
+
+
+def goals_of(
+    rows: Sequence[Row], results: Sequence[dict[str, Any]], nights: Sequence[dict[str, Any]], cadence: int
+) -> list[Goal]:
+    """The goals that the chosen rows are about. One whose row failed is not measured, and so missed."""
+    by_name = {result["name"]: result for result in results}
+
+    def worst(name: str, belongs: Callable[[Row], bool], measured: str, goal: float) -> Iterable[Goal]:
+        """The largest of a measurement over the rows that it belongs to."""
+        values = [by_name[row.name].get(measured) for row in rows if belongs(row)]
+        if values:
+            missing = any(value is None for value in values)
+            yield Goal(name, goal, None if missing else float(max(values)), at_most=True)
+
+    unnoticed = [row for row in rows if not row.notice]
+    return [
+        *worst("steps lost with notice", lambda row: row.notice, "steps_lost", 0),
+        *(
+            goal
+            for times in sorted({row.max_cadences_lost for row in unnoticed})
+            for goal in worst(
+                f"steps lost without notice, {times} x the cadence",
+                lambda row, times=times: row in unnoticed and row.max_cadences_lost == times,
+                "steps_lost",
+                times * cadence,
+            )
+        ),
+        *worst(
+            "training again after a kill, s", lambda row: _is_timed(row) and not row.resized, "again_s", BACK_WITHIN_S
+        ),
+        *worst(
+            "training again, fewer workers, s", lambda row: _is_timed(row) and row.resized, "again_s", BACK_WITHIN_S
+        ),
+        *worst(
+            "notice to committed checkpoint, s", lambda row: row.notice and not row.resized, "saved_s", SAVED_WITHIN_S
+        ),
+        *worst("samples lost or repeated", lambda row: True, "samples_wrong", 0),
+        *worst(
+            "largest difference of a loss, resized", lambda row: row.resized, "loss_difference", MAX_LOSS_DIFFERENCE
+        ),
+        *_same_weights(rows, by_name),
+        *(Goal("goodput of the bad night", MIN_GOODPUT, night.get("goodput")) for night in nights[:1]),
+    ]
+
+
+def _is_timed(row: Row) -> bool:
+    return row.back_within_s is not None
+
+
+def _same_weights(rows: Sequence[Row], by_name: dict[str, dict[str, Any]]) -> Iterable[Goal]:
+    compared = [by_name[row.name].get("same_weights", False) for row in rows if not row.resized]
+    if compared:
+        yield Goal("rows whose weights differ from the undisturbed run's", 0, compared.count(False), at_most=True)

@@ -1,0 +1,162 @@
+"""A bad night: a preemption every two minutes. Ours, and Ray Train's own documented pattern under the same faults."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.demo_run import StepError
+from tests.chaos import measure
+from tests.chaos.faults import Row
+from tests.chaos.nodes import ROOT, Cluster, ray_environment
+from tests.chaos.scene import PATIENCE_S
+from tests.chaos.stage import FAILURES, Stage
+
+EVERY_S = 120.0
+FIRST_S = 60.0
+NOTICE_S = 30.0
+NUM_STEPS = 10**6
+POLL_S = 1.0
+NIGHT = Row("night", "a bad night", lambda scene: None)
+Steps = list[tuple[int, float]]
+"""Number and end of every step."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Somebody who trains through the night."""
+
+    name: str
+    cluster: Cluster
+    steps: Callable[[], Steps]
+    process: subprocess.Popen[bytes]
+
+
+def bad_night(stage: Stage, minutes: float) -> list[dict[str, Any]]:
+    """Ours first, then Ray's pattern: a row each."""
+    rows = []
+    for title, contender in (
+        ("A bad night: ours", ours),
+        ("A bad night: Ray's report and get_checkpoint", ray_pattern),
+    ):
+        stage.terminal.title(title)
+        row: dict[str, Any] = {"name": contender.__name__, "what": title, "minutes": minutes}
+        try:
+            with contender(stage, row) as night:
+                row |= endure(stage, night, minutes)
+        except FAILURES as error:
+            row["error"] = str(error)
+        rows.append(row)
+        stage.terminal.say(", ".join(f"{name} {value}" for name, value in row.items()))
+    return rows
+
+
+@contextlib.contextmanager
+def ours(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
+    """`tarmac pretrain`; stopped in the morning, it has to end in order and to have every sample once."""
+    night = replace(stage, job=replace(stage.job, num_steps=NUM_STEPS))
+    with contextlib.closing(night), night.scene(NIGHT) as scene:
+
+        def steps() -> Steps:
+            return [(record["step"], record["time"]) for _, record in measure.read_history(scene.run).records]
+
+        scene.wait_for_step(1)
+        yield Contender("tarmac", scene.cluster, steps, scene.driver.process)
+        scene.driver.process.send_signal(signal.SIGTERM)
+        code = scene.driver.process.wait(PATIENCE_S)
+        if code != 75:
+            raise StepError(f"asked to stop, the driver ended with {code}, not 75:\n{scene.driver.words()}")
+        history = measure.read_history(scene.run)
+        row["samples_wrong"] = measure.samples_wrong(history, stage.job.dataset, max(history.by_step))
+        row |= measure.summary(history)
+
+
+@contextlib.contextmanager
+def ray_pattern(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
+    """`tests.chaos.ray_pattern`, killed in the morning."""
+    out = stage.folder / "ray-pattern"
+    out.mkdir()
+    with Cluster({}) as cluster:
+        cluster.start()
+        cluster.add_nodes(3)
+        words = ("--like", stage.url(NIGHT.name), "--data", stage.job.dataset, "--out", str(out))
+        with (out / "driver.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.ray_pattern", *words],
+                cwd=ROOT,
+                env=os.environ | ray_environment() | {"RAY_ADDRESS": cluster.address},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            wait_for_first(process, out)
+            yield Contender("ray", cluster, lambda: pattern_steps(out), process)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for_first(process: subprocess.Popen[bytes], out: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not pattern_steps(out):
+        if process.poll() is not None or time.monotonic() > deadline:
+            words = (out / "driver.log").read_text(errors="replace")[-2000:]
+            raise StepError(f"Ray's pattern trains no step in {PATIENCE_S:g} s:\n{words}")
+        time.sleep(POLL_S)
+
+
+def pattern_steps(out: Path) -> Steps:
+    """The steps that the peer's rank 0 has written down."""
+    lines = [line for path in out.glob("steps-*.jsonl") for line in path.read_text().splitlines(keepends=True)]
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return sorted(((record["step"], record["time"]) for record in records), key=lambda pair: pair[1])
+
+
+def endure(stage: Stage, night: Contender, minutes: float) -> dict[str, Any]:
+    """The night from the first step on: each time, a node with a worker is drained, and gone when its notice is over.
+
+    A new node comes when one goes.
+    """
+    begin = night.steps()[0][1]
+    end = begin + 60 * minutes
+    num_faults, due = 0, begin + FIRST_S
+    while due + NOTICE_S <= end:
+        sleep_until(due, night)
+        working = night.cluster.working()
+        # None works while the workers are started anew: then whichever is the oldest.
+        node = working[num_faults % len(working)] if working else night.cluster.nodes[1]
+        stage.terminal.say(f"{night.name}: {node.name} is drained at step {night.steps()[-1][0]}")
+        night.cluster.drain(node, NOTICE_S)
+        num_faults += 1
+        sleep_until(due + NOTICE_S, night)
+        night.cluster.lose(node)
+        night.cluster.add_nodes(1, wait=False)
+        due += EVERY_S
+    sleep_until(end, night)
+    steps = [(step, time) for step, time in night.steps() if time <= end]
+    distinct = len({step for step, _ in steps})
+    return {
+        "num_faults": num_faults,
+        "steps": distinct,
+        "steps_lost": len(steps) - distinct,
+        "goodput": measure.goodput(steps, begin, end),
+    }
+
+
+def sleep_until(when: float, night: Contender) -> None:
+    """StepError if the contender ends meanwhile."""
+    while time.time() < when:
+        if night.process.poll() is not None:
+            raise StepError(f"{night.name} ended with {night.process.returncode} in the night")
+        time.sleep(min(POLL_S, max(0.0, when - time.time())))

@@ -1,0 +1,83 @@
+"""What `make chaos` measures, on made-up histories with known answers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+from pipeline.config import DataConfig
+from tests.chaos import faults, goals, measure
+from trainer.metrics import StepRecord
+from trainer.step_numbers import sample_ids_digest
+
+
+def history(steps: list[tuple[int, int, float]], *events: dict[str, Any]) -> measure.History:
+    """Attempt, step and end of every step."""
+    records = [(attempt, cast(StepRecord, {"step": step, "time": time, "loss": 1.0})) for attempt, step, time in steps]
+    return measure.History(records, list(events), DataConfig(global_batch_size=4, num_lanes=2))
+
+
+KILLED = history(
+    [(1, 1, 10.0), (1, 2, 11.0), (1, 3, 12.0), (2, 3, 20.0), (2, 4, 21.0), (2, 5, 22.0)],
+    {"event": "asked", "time": 5.0},
+    {"event": "lost", "time": 13.5, "detected": "error"},
+    {"event": "start", "time": 18.0, "step": 2, "world_size": 2},
+)
+
+
+def test_a_killed_run() -> None:
+    assert measure.steps_lost(KILLED) == 1
+    assert measure.detected_s(KILLED, [12.5]) == 1.0
+    assert measure.again_s(KILLED, [12.5]) == 7.5
+    assert measure.paused_s(KILLED, [12.5]) == 8.0
+    assert [KILLED.by_step[step]["time"] for step in (2, 3)] == [11.0, 20.0]
+
+
+def test_a_run_that_goes_on_through_the_fault() -> None:
+    steady = history([(1, 1, 10.0), (1, 2, 11.0), (1, 3, 14.0), (1, 4, 15.0)])
+    assert measure.steps_lost(steady) == 0
+    assert measure.detected_s(steady, [11.5]) is None
+    assert measure.again_s(steady, [11.5]) is None
+    assert measure.paused_s(steady, [11.5]) == 3.0
+
+
+def test_the_slowest_of_several_faults_counts() -> None:
+    steps = [(1, 1, 10.0), (2, 2, 14.0), (2, 3, 15.0), (3, 4, 25.0)]
+    saves = [
+        {"event": "start", "time": 13.0, "step": 1},
+        {"event": "save", "time": 12.0, "step": 1},
+        {"event": "save", "time": 14.5, "step": 2},  # by the cadence
+        {"event": "save", "time": 19.0, "step": 3},
+        {"event": "start", "time": 24.0, "step": 3},
+    ]
+    twice = history(steps, *saves)
+    assert measure.again_s(twice, [11.0, 16.0]) == 9.0
+    assert measure.saved_s(twice, [11.0, 16.0]) == 3.0
+
+
+def test_goodput_counts_a_step_once_at_its_usual_time() -> None:
+    steps = [(1, 0.0), (2, 1.0), (3, 2.0), (3, 10.0), (4, 11.0), (5, 12.0), (99, 30.0)]
+    assert measure.goodput(steps, 0.0, 20.0) == pytest.approx(5 / 20)
+
+
+def test_the_digest_is_the_trainers() -> None:
+    ids = [0, 1, 17, 2**40, 2**62]
+    assert measure.mix_digest(ids) == f"{int(sample_ids_digest(torch.tensor(ids))) % 2**64:016x}"
+    assert measure.mix_digest(ids) == measure.mix_digest(reversed(ids))
+
+
+def test_goals_are_missed_where_a_row_failed() -> None:
+    rows = [row for row in faults.ROWS if row.name in ("worker-killed", "node-drained")]
+    fine = {"steps_lost": 20, "again_s": 12.0, "samples_wrong": 0, "same_weights": True}
+    found = goals.goals_of(rows, [{"name": "worker-killed", **fine}, {"name": "node-drained", "error": "no"}], [], 50)
+    verdicts = {goal.name: goal.met for goal in found}
+    assert verdicts == {
+        "steps lost with notice": False,
+        "steps lost without notice, 1 x the cadence": True,
+        "training again after a kill, s": True,
+        "notice to committed checkpoint, s": False,
+        "samples lost or repeated": False,
+        "rows whose weights differ from the undisturbed run's": False,
+    }

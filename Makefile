@@ -10,7 +10,7 @@ MARKS := not gpu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast lint types imports check bench bench-pipeline bench-step verify-resume vit-h clean
+.PHONY: help setup demo test test-fast lint types imports check bench bench-pipeline bench-step verify-resume vit-h chaos clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,6 +76,9 @@ verify-resume: setup ## two runs, one killed twice: are the final weights the sa
 
 vit-h: setup ## ViT-H/14 on this machine: six steps, a checkpoint to S3, a kill, a resume; needs 24 GiB and 20 GB of disk
 	@$(BIN)/python -m tests.chaos.vit_h
+
+chaos: setup ## every fault done to a run on a real cluster, and a bad night beside Ray's own pattern; an hour and more
+	@$(BIN)/python -m tests.chaos.chaos
 
 clean: ## remove everything that was made here, except .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

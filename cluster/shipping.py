@@ -32,7 +32,8 @@ def stage(target: Path) -> None:
         shutil.copytree(Path(spec.origin).parent, target / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     information = target / f"tarmac-{version()}.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text(metadata.distribution("tarmac").read_text("METADATA") or "")
+    installed = metadata.distribution("tarmac")  # seen from a checkout it may be an egg, with another file
+    (information / "METADATA").write_text(installed.read_text("METADATA") or installed.read_text("PKG-INFO") or "")
 
 
 def version() -> str:

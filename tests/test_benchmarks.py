@@ -95,6 +95,7 @@ def test_a_contender_that_does_not_run_says_why(tmp_path: Path, capsys: pytest.C
     assert "No module named 'benchmarks.peers.no_such_module'" in rows[0]["not_measured"]
     assert rows[1]["not_measured"] == "the server did not start"
     assert "Traceback" in (tmp_path / "log").read_text()
-    found = {"machine": pipeline.machine(1, 0.0), "images": "none", "rows": rows, "first_batch_s": {}}
+    machine = pipeline.machine(1, 0.0, ["torch", "no-such-package"])
+    found = {"machine": machine, "images": "none", "rows": rows, "first_batch_s": {}}
     pipeline.print_report(found | {"sharding_mb_per_s": {}, "mean_absolute_difference_to_pil": {}, "goals": []})
     assert "not measured: the server did not start" in capsys.readouterr().out

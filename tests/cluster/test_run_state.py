@@ -1,5 +1,7 @@
 """What a run is doing, told from its bucket; on local paths, an AWS-like server, and one with gaps."""
 
+import time
+
 import pytest
 from run_folders import NOW, begin, record, write_lease, write_lines
 
@@ -93,7 +95,7 @@ def test_the_numbers_are_the_newest_records(store_url):
     assert (state.step, state.num_steps, state.epoch, state.attempts) == (12, 20, 2.4, 10 - 8)
     assert state.loss == 2.0 / 12
     assert state.images_per_s == 112.0
-    assert 5 <= state.age_s < 60
+    assert 5 <= state.age_s <= 5 + time.time() - NOW
 
 
 def test_all_runs_below_a_url_are_found_and_a_broken_one_is_told(store_url):

@@ -12,6 +12,7 @@ import torch
 from timm.optim import Lars as TimmLars
 from tiny_evaluations import tiny_finetune
 from tiny_runs import CPU, run_ranks
+from torch.distributed.tensor import DTensor
 
 from pipeline.config import AugmentConfig
 from trainer import parallel
@@ -201,7 +202,8 @@ def _lars_steps() -> list[Any]:
             (model(torch.eye(6)) * _gradients(step)[0].T).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
-        whole: list[Any] = model[0].weight.full_tensor().tolist()
+        weight = model[0].weight
+        whole: list[Any] = (weight.full_tensor() if isinstance(weight, DTensor) else weight).tolist()
         return whole
 
 

@@ -30,6 +30,7 @@ RECIPE = "demo"
 DATASET = f"s3://{BUCKET}/photos"
 RUN = f"s3://{BUCKET}/runs/first"
 PICTURE = ("--num-samples", "6", "--seed", "5")
+RESULTS = ("loss.png", "report.html", "reconstruction.png")
 LOSS_GOAL = 0.8  # of the loss at the start
 
 
@@ -82,6 +83,7 @@ def run_demo(terminal: Terminal, out: Path, source: Path | None, num_photos: int
         watcher = train_and_kill(terminal)
         terminal.title("Pictures")
         terminal.tarmac("curve", RUN, "--out", str(out / "loss.png"))
+        terminal.tarmac("report", RUN, "--out", str(out / "report.html"))
         terminal.tarmac("reconstruct", RUN, "--data", DATASET, "--out", str(out / "reconstruction.png"), *PICTURE)
         return summarise(terminal, out, photos, watcher, time.monotonic() - started)
 
@@ -146,7 +148,7 @@ def summarise(terminal: Terminal, out: Path, photos: Path, watcher: RunWatcher, 
         < LOSS_GOAL * first,
         f"{watcher.num_attempts} attempts: the kill was survived. {watcher.recovery()}": watcher.num_attempts >= 2
         and watcher.resumed_from is not None,
-        "both pictures are there": all((out / name).is_file() for name in ("loss.png", "reconstruction.png")),
+        "the pictures and the report are there": all((out / name).is_file() for name in RESULTS),
     }
     terminal.title(f"Done in {elapsed_s / 60:.1f} minutes" if all(checks.values()) else "Something did not hold")
     terminal.show(_made(out, photos))
@@ -170,6 +172,7 @@ def _made(out: Path, photos: Path) -> Table:
     )
     table.add_row("run", RUN, "config, checkpoints, one record a step, events")
     table.add_row("loss curve", str(out / "loss.png"), "")
+    table.add_row("report", str(out / "report.html"), "where every second went")
     table.add_row("reconstruction", str(out / "reconstruction.png"), "masked | reconstruction | original")
     table.add_row("log", str(out / "demo.log"), "every command, the kill and the resume")
     return table

@@ -37,8 +37,8 @@ demo: $(VENV)/demo.stamp ## photographs to a trained MAE on local S3 and Ray, wi
 
 # Ray tests start a cluster each and measure its restarts: they run after the others, one at a time.
 test: setup ## every test that runs without a GPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m 'not ray and $(MARKS)'
-	$(BIN)/pytest -m 'ray and $(MARKS)'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m 'not ray and $(MARKS)'; status=$$?; \
+	$(BIN)/pytest -m 'ray and $(MARKS)' && exit $$status
 
 test-fast: setup ## the tests without servers, Ray and long runs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m 'not slow and not servers and not ray and $(MARKS)'

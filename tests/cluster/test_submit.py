@@ -175,7 +175,7 @@ def test_the_pinned_environment_has_what_a_job_needs_and_leaves_ray_alone(tmp_pa
     names = {pin.partition("==")[0] for pin in pinned}
     assert {"torch", "s3fs", "pyarrow", "nvidia-dali-cuda130", "tyro"} <= names
     assert not {"ray", "pytest", "moto", "webdataset"} & names
-    assert set(pinned) <= set(constraints.splitlines())
+    assert set(pinned) <= {line.lower() for line in constraints.splitlines()}
     packages = runtime_env(tmp_path, pinned=True)["pip"]["packages"]
     assert packages[2:] == pinned
     assert packages[1] == "--constraint ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/cluster/constraints.txt"

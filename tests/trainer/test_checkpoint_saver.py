@@ -80,18 +80,32 @@ def test_what_is_saved_is_the_state_at_the_start_whatever_comes_after(gated: Gat
 
 
 def test_one_save_is_in_flight_and_the_next_one_waits_for_it(gated: GatedStore) -> None:
-    threading.Timer(0.5, GatedStore.gate.set).start()
+    second_asked, second_began = threading.Event(), threading.Event()
+    began_behind_the_gate = []
+
+    def open_later() -> None:
+        assert second_asked.wait(30)
+        began_behind_the_gate.append(second_began.wait(1))
+        GatedStore.gate.set()
+
+    opener = threading.Thread(target=open_later)
+    opener.start()
     with parallel.process_mesh(CPU), saver_of(gated) as saver:
-        begin = time.monotonic()
         expected = {}
         for step in (1, 2, 3):
             state = trained(step)
             expected[step] = numbers(*state)
+            if step == 2:
+                assert resume(gated) == (None, [])  # the first one is at the gate, and its caller went on
+                second_asked.set()
             saver.start(checkpoint.state_of(*state), step=step, samples_seen=8 * step)
-            assert (time.monotonic() - begin > 0.4) is (step > 1)
+            if step == 2:
+                second_began.set()
         saver.wait()
+        opener.join()
+        assert began_behind_the_gate == [False]
         first, second, third = saver.take_saved()
-        assert second.stall_s > 0.3 > first.stall_s
+        assert second.stall_s > 0.5  # of the second before the gate opened
         assert GatedStore.most == 1
         for saved in (first, second, third):  # the copies share their memory, and yet each is of its own step
             loaded = trained(0, seed=1)
@@ -168,7 +182,8 @@ def test_fifty_kills_at_any_moment_leave_the_newest_proven_checkpoint(tmp_path: 
     """Each life loads what there is, checks it to the last bit, and saves on until it is killed."""
     chance, url = random.Random(seed), str(tmp_path)
     steps, in_flight = [0], 0
-    for _ in range(50):
+    while len(steps) <= 50 or in_flight < 6:  # how many kills hit a save depends on the disk's speed
+        assert len(steps) <= 200, f"{in_flight} of 200 kills hit a save"
         receiver, sender = _CONTEXT.Pipe(duplex=False)
         process = _CONTEXT.Process(target=_save_until_killed, args=(url, sender, dict(os.environ)), daemon=True)
         process.start()
@@ -184,7 +199,6 @@ def test_fifty_kills_at_any_moment_leave_the_newest_proven_checkpoint(tmp_path: 
         steps.append(step or 0)
         in_flight += any(f"step_{(step or 0) + 1:09d}" in entry.path for entry in Store(url).list())
     assert steps[-1] > 20
-    assert in_flight > 5  # a good part of the kills did hit a save
 
 
 def _save_until_killed(url: str, sender: Any, environment: dict[str, str]) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from cluster.attempt import DriverLog, Fit
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
+from cluster.driver_log import DriverLog
 from cluster.failures import Failures
+from cluster.fit import Fit, Fits
 from cluster.lease import Lease
 from cluster.node_agent import NodeAgents
 from cluster.nodes import Nodes
@@ -37,6 +38,8 @@ _POLL_S = 0.25
 _SETTLE_S = 4.0
 """For how long more workers than there is room for are hoped for: those of an attempt that ended free theirs late."""
 _WAIT_TOLD_S = 30.0
+_PREPARE_AFTER_S = 10.0
+"""An attempt has trained this long before the next one is prepared, beside it and on the driver's node."""
 
 
 class RunFailedError(Exception):
@@ -85,6 +88,7 @@ class Driver:
         self._on_news = on_news
         name = f"tarmac-{lease.record.driver}"
         self._relay = start_relay(name)
+        self._fits = Fits(job, self._relay, lease.record.generation, local=local)
         self._agents, self._nodes, self._metrics = NodeAgents(name), Nodes(job), RunMetrics(str(run))
         self._here: str = ray.get_runtime_context().get_node_id()
         self._number = next_attempt(run) - 1
@@ -99,7 +103,10 @@ class Driver:
             RunFailedError: an error that a restart cannot mend, a crash loop, or another driver took over.
         """
         with self._wanted_of_autoscaler():
-            return self._drive()
+            try:
+                return self._drive()
+            finally:
+                self._fits.close(self._number)
 
     def _drive(self) -> StopReason:
         outcome = _Outcome("", then="resume" if self._number else "first")
@@ -125,9 +132,7 @@ class Driver:
         if num_workers is None:
             return _ENDS["stop"]
         self._tell("placed", num_workers=num_workers)
-        ray.get(self._relay.begin.remote(self._number))
-        payload = {"relay": self._relay, "attempt": self._number, "lease": self._lease.record.generation}
-        fit = Fit(self._job, num_workers, payload, local=self._local)
+        fit = self._fits.begin(self._number, num_workers)
         watch = Watch(
             self._job,
             num_workers,
@@ -137,7 +142,6 @@ class Driver:
             tell=self._tell,
             driver_node=self._here,
         )
-        fit.start()
         return self._outcome(fit, watch, self._watch(fit, watch))
 
     def _await_room(self) -> int | None:
@@ -175,6 +179,8 @@ class Driver:
                 self._tell("stopping", signal=self._stops.asked_by)
                 watch.stop("stop")
             watch.look(news)
+            if watch.aim is None and watch.training_s > _PREPARE_AFTER_S:
+                self._fits.prepare(self._number + 1, fit.num_workers)
 
     def _outcome(self, fit: Fit, watch: Watch, news: News) -> _Outcome:
         if fit.reason is StopReason.FINISHED:

@@ -47,15 +47,19 @@ class Relay:
     def __init__(self) -> None:
         self._news = News()
         self._notices: list[dict[str, Any]] = []
-        self.begin(0)
+        self.begin(0, 0)
 
-    def begin(self, attempt: int) -> None:
+    def begin(self, attempt: int, num_workers: int) -> None:
         """From now on only what workers of this attempt say counts."""
-        self._attempt = attempt
+        self._attempt, self._num_workers = attempt, num_workers
         self._wish = Wish.GO_ON
         self._pulses: dict[int, tuple[Pulse, float]] = {}
         self._fatal: str | None = None
         self._error: str | None = None
+
+    def begun(self) -> tuple[int, int]:
+        """The attempt whose turn it is, and the number of its workers."""
+        return self._attempt, self._num_workers
 
     def push(self, attempt: int, record: dict[str, Any]) -> None:
         """Take a step record for the driver."""

@@ -57,6 +57,7 @@ class Watch:
         self._job, self._num_workers, self._nodes, self._killer = job, num_workers, nodes, killer
         self._ask, self._tell, self._driver_node = ask, tell, driver_node
         self._began = self._progressed = time.monotonic()
+        self._first_step: float | None = None
         self._killed = -_AGAIN_S
         self._known: set[str] = set()
         self._more_since: float | None = None
@@ -66,10 +67,16 @@ class Watch:
         self.broken: Literal["silence", "stall"] | None = None
         """Why workers were killed."""
 
+    @property
+    def training_s(self) -> float:
+        """Time since the attempt's first step."""
+        return time.monotonic() - self._first_step if self._first_step else 0.0
+
     def look(self, news: News) -> None:
         """Take the news, look at the nodes, and act."""
         if news.records:
             self._progressed = time.monotonic()
+            self._first_step = self._first_step or self._progressed
         self._save_s = max([self._save_s, *(event["seconds"] for event in news.events if event["event"] == "save")])
         self._look_for_silence(news.pulses)
         self._look_for_stall(news.pulses)

@@ -32,7 +32,7 @@ def train_under_ray(spec: Spec, num_steps: int) -> dict[str, Any]:
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
         try:
             relay = start_relay("step-benchmark")
-            ray.get(relay.begin.remote(1))
+            ray.get(relay.begin.remote(1, 1))
             trainer = TorchTrainer(
                 _worker,
                 train_loop_config={"spec": asdict(spec), "num_steps": num_steps, "folder": folder, "relay": relay},

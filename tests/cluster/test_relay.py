@@ -6,7 +6,7 @@ from trainer.wishes import Wish
 
 def relay_of(attempt: int) -> Relay:
     relay = Relay()
-    relay.begin(attempt)
+    relay.begin(attempt, 2)
     return relay
 
 
@@ -29,7 +29,7 @@ def test_what_workers_of_an_earlier_attempt_still_say_does_not_count():
     relay = relay_of(1)
     relay.note_error(1, "ShardError: a", fatal=True)
     relay.wish(Wish.STOP)
-    relay.begin(2)
+    relay.begin(2, 2)
     relay.push(1, {"step": 7})
     relay.announce(1, {"event": "save"})
     relay.note_error(1, "late", fatal=True)
@@ -68,5 +68,5 @@ def test_pulses_grow_old_until_the_next():
 def test_notices_come_whichever_attempt_runs():
     relay = relay_of(1)
     relay.note_notice({"node": "a", "source": "ec2", "deadline": None})
-    relay.begin(2)
+    relay.begin(2, 2)
     assert [relay.take().notices, relay.take().notices] == [[{"node": "a", "source": "ec2", "deadline": None}], []]

@@ -1,0 +1,142 @@
+"""An attempt's worker group, from Ray Train's start to its end; the next one's is prepared while this one trains."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from typing import Any
+
+import ray
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2.api.config import LoggingConfig
+
+from cluster.capacity import worker_resources
+from cluster.config import JobConfig
+from cluster.process_group import torch_config
+from cluster.worker import train_worker
+from trainer.config import to_dict
+from trainer.loop import StopReason
+
+logger = logging.getLogger(__name__)
+
+_TURN_POLL_S = 0.1
+_CLOSE_S = 15.0
+
+
+class Fit(threading.Thread):
+    """`trainer.fit()` off the main thread: there it would take SIGINT for itself and abort without a checkpoint.
+
+    Ray Train starts the workers once the relay says that their attempt has begun, and ends them all when one fails; it
+    does not start them again. Nothing of its own checkpointing is used, so its storage is scratch.
+
+    Args:
+        job: what to train.
+        num_workers: ranks of this attempt.
+        payload: for `train_worker`, beside the job.
+        local: all workers are on this machine.
+    """
+
+    def __init__(self, job: JobConfig, num_workers: int, payload: dict[str, Any], *, local: bool) -> None:
+        super().__init__(daemon=True, name="ray-train-fit")
+        self._scratch = tempfile.TemporaryDirectory(prefix="tarmac-ray-train-", ignore_cleanup_errors=True)
+        self._trainer = _trainer(job, num_workers, payload, local, self._scratch.name)
+        self.num_workers = num_workers
+        self.reason: StopReason | None = None
+        """How it ended; None if it was lost."""
+        self.error = ""
+        """Why it was lost, in Ray's words."""
+        self.found_no_place = False
+        """It was lost because Ray had no room for the workers after all."""
+
+    def run(self) -> None:
+        """Train."""
+        try:
+            self.reason = StopReason(self._trainer.fit().return_value)
+        except BaseException as error:  # for the main thread to look at
+            logger.info("Ray Train gave up", exc_info=error)
+            # Not the error itself: its traceback would keep Ray's controller alive, and with it the workers' resources.
+            self.error = f"{type(error).__name__}: {error}"
+            failure = error.controller_failure if isinstance(error, ControllerError) else None
+            self.found_no_place = isinstance(failure, WorkerGroupStartupTimeoutError)
+        finally:
+            self._scratch.cleanup()
+
+
+def _trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local: bool, scratch: str) -> TorchTrainer:
+    gpu = job.gpus_per_worker > 0
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": to_dict(job), **payload},
+        torch_config=torch_config(gpu=gpu, local=local),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpu, resources_per_worker=worker_resources(job)),
+        run_config=RunConfig(
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=[_Turn(payload["relay"], payload["attempt"], num_workers)],
+        ),
+    )
+
+
+class _Turn(ControllerCallback):  # type: ignore[misc]
+    """In Ray Train's controller: holds the workers back until the driver has begun their attempt."""
+
+    def __init__(self, relay: Any, attempt: int, num_workers: int) -> None:
+        self._relay, self._attempt, self._num_workers = relay, attempt, num_workers
+
+    def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> None:
+        while True:
+            attempt, wanted = ray.get(self._relay.begun.remote())
+            if attempt == self._attempt and wanted == self._num_workers:
+                return
+            if attempt >= self._attempt:
+                raise RuntimeError("it is not needed")
+            time.sleep(_TURN_POLL_S)
+
+
+class Fits:
+    """The fit of the attempt that runs, and one that waits for the next.
+
+    A fit begins with a process of Ray Train's that imports PyTorch, before any worker is started: seconds, which the
+    next attempt need not wait for.
+
+    Args:
+        job: what to train.
+        relay: the driver's.
+        lease: the generation of the driver's.
+        local: all workers are on this machine.
+    """
+
+    def __init__(self, job: JobConfig, relay: Any, lease: int, *, local: bool) -> None:
+        self._job, self._relay, self._lease, self._local = job, relay, lease, local
+        self._next: Fit | None = None
+
+    def begin(self, attempt: int, num_workers: int) -> Fit:
+        """Start the workers of an attempt."""
+        ready, self._next = self._next, None
+        ray.get(self._relay.begin.remote(attempt, num_workers))
+        if ready is not None and ready.is_alive() and ready.num_workers == num_workers:
+            return ready
+        return self._start(attempt, num_workers)
+
+    def prepare(self, attempt: int, num_workers: int) -> None:
+        """Have a fit wait for the attempt after this one, which will probably have as many workers."""
+        if self._next is None or not self._next.is_alive():
+            self._next = self._start(attempt, num_workers)
+
+    def close(self, attempt: int) -> None:
+        """End the one that waits: Ray must not be shut down under it. `attempt` is the last one's number."""
+        if self._next is not None:
+            ray.get(self._relay.begin.remote(attempt + 1, 0))
+            self._next.join(_CLOSE_S)
+
+    def _start(self, attempt: int, num_workers: int) -> Fit:
+        payload = {"relay": self._relay, "attempt": attempt, "lease": self._lease}
+        fit = Fit(self._job, num_workers, payload, local=self._local)
+        fit.start()
+        return fit

@@ -35,7 +35,7 @@ from tests.chaos.verify_resume import find_photos
 DATASET = f"s3://{BUCKET}/photos"
 RESULT = Path("build/bench/chaos.json")
 PACKAGES = ("torch", "ray", "s3fs")
-FULL, QUICK = (250, 50), (60, 12)
+FULL, QUICK = (250, 50), (160, 12)
 """Steps, and steps between checkpoints."""
 
 

@@ -136,6 +136,8 @@ class Stage:
                 row.disturb(scene)
                 scene.finish()
             result |= self._measure(row, scene, undisturbed)
+            if row.resized and len(set(result["world_sizes"])) == 1:
+                raise StepError("the run ended before it was resized")
         except FAILURES as error:
             result["error"] = str(error)
         self.rows.append(result)

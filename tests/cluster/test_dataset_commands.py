@@ -6,6 +6,7 @@ import io
 import json
 import re
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,17 @@ def test_progress_without_a_terminal_is_a_line_now_and_then() -> None:
     with DatasetProgress(Console(file=written), "sharding", "images", plain_every_s=3600) as progress:
         progress.advance(1, 1, total=2)
     assert not written.getvalue()
+
+
+def test_progress_on_a_terminal_is_a_bar_with_speed_and_time_left() -> None:
+    written = io.StringIO()
+    console = Console(file=written, width=120, force_terminal=True, color_system=None)
+    with DatasetProgress(console, "sharding", "images") as progress:
+        progress.advance(250, 10**6, total=1000)
+        time.sleep(0.2)  # a speed of nothing tells no time that is left
+        progress.advance(250, 10**6, total=1000)
+    last = written.getvalue().splitlines()[-1]
+    assert re.search(r"sharding ━+.* 500/1000 images \d+ MB/s 0:00:0\d", last), last
 
 
 def test_shard_takes_the_classes_too(tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from ray.cluster_utils import Cluster
@@ -58,8 +59,9 @@ def dataset(photos, tmp_path_factory):
 class Driver:
     """A `tarmac pretrain` in a process of its own."""
 
-    def __init__(self, cluster, dataset, run, num_workers=2):
-        command = [sys.executable, "-m", "cluster.cli", "pretrain", "demo", *TINY, "--data", dataset, "--run", run]
+    def __init__(self, cluster, dataset, run, num_workers=2, options=()):
+        options = [*TINY, *options, "--data", dataset, "--run", run]
+        command = [sys.executable, "-m", "cluster.cli", "pretrain", "demo", *options]
         self.run = Store(run)
         self.log = open(f"{run}.log", "a+")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -100,6 +102,19 @@ def finished(cluster, dataset, run, num_workers=2):
 def kill_worker(run, rank):
     start = [event for event in read_events(run) if event["event"] == "start"][-1]
     os.kill(start["pids"][rank], signal.SIGKILL)
+
+
+def controllers():
+    """Process ids of all of Ray Train's controllers on this machine."""
+    named = psutil.process_iter(["pid", "cmdline"])
+    return {process.pid for process in named if "TrainController" in " ".join(process.info["cmdline"] or ())}
+
+
+def wait_until(is_true, timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def weights(run_url):
@@ -180,6 +195,22 @@ def test_a_stop_signal_saves_and_exits_75_and_the_same_command_goes_on(cluster, 
     losses = [record["loss"] for record in read_metrics(Store(run))]
     assert losses == [record["loss"] for record in read_metrics(Store(undisturbed))]
     assert "is at step 60 of 60" in finished(cluster, dataset, run)  # a finished run says so
+
+
+def test_the_next_attempt_is_prepared_while_one_trains_and_none_is_left_behind(cluster, dataset, tmp_path):
+    driver = Driver(cluster, dataset, str(tmp_path / "run"), options=["--optim.num-steps", "1000000"])
+    driver.wait_for_step(1)
+    (first,) = controllers()
+    wait_until(lambda: len(controllers()) == 2)
+    (prepared,) = controllers() - {first}
+    kill_worker(driver.run, rank=1)
+    wait_until(lambda: [event for event in read_events(driver.run) if event["event"] == "start"][-1]["attempt"] == 2)
+    assert prepared in controllers()
+    assert first not in controllers()
+    driver.process.terminate()
+    code, text = driver.finish()
+    assert code == 75, text
+    assert not controllers()
 
 
 def test_a_fault_that_a_restart_cannot_mend_ends_the_run_with_its_reason(cluster, dataset, tmp_path):

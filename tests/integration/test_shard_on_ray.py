@@ -55,7 +55,7 @@ def test_a_lost_node_changes_nothing(bucket: str, nodes: Cluster, photos: list[P
     while sum(entry.path.endswith(".parquet") for entry in written.list()) < 3:
         assert there.poll() is None, there.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.2)
     nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
     output, errors = there.communicate(timeout=200)
     assert there.returncode == 0, errors

@@ -104,9 +104,12 @@ class Driver:
         """
         with self._wanted_of_autoscaler():
             try:
-                return self._drive()
-            finally:
+                reason = self._drive()
+            except Exception:  # a second signal is none: it ends at once
                 self._fits.close(self._number)
+                raise
+            self._fits.close(self._number)
+            return reason
 
     def _drive(self) -> StopReason:
         outcome = _Outcome("", then="resume" if self._number else "first")

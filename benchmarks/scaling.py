@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +201,12 @@ def _with(config: TrainConfig, **fields: Any) -> TrainConfig:
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **fields))
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """The table: one row a layout."""
+def print_rows(rows: Iterable[dict[str, Any]]) -> None:
+    """The table: one row a layout, printed as soon as it is there."""
     names = "".join(f"{name:>12}" for name in KINDS)
     print(f"{'':37} | of a rank at its peak, MiB{'':43} | a rank sends, GB a step |  state, x")
     head = f"{'ranks':>6}{'shard':>6}{'recompute':>11}{'images':>7}{'micro':>7} |{'peak':>8}{names}"
-    print(f"{head} |{'shard':>8}{'copies':>9}{'calls':>7} | even share")
+    print(f"{head} |{'shard':>8}{'copies':>9}{'calls':>7} | even share", flush=True)
     for row in rows:
         kinds = "".join(f"{row['peak_bytes_by_kind'][name] / 2**20:12,.0f}" for name in KINDS)
         layout = f"{row['world_size']:6,}{row['shard_size']:6,}{row['activation_checkpointing']:>11}"
@@ -215,16 +215,21 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['sent_bytes'][kind] / 1e9:{width}.2f}" for kind, width in (("shard", 8), ("replicate", 9))
         )
         peak = f"{row['peak_bytes'] / 2**20:8,.0f}{kinds}"
-        print(f"{layout}{batch} |{peak} |{sent}{row['num_collectives']:7} |{row['state_share']:11.3f}")
+        print(f"{layout}{batch} |{peak} |{sent}{row['num_collectives']:7} |{row['state_share']:11.3f}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.parse_args()
-    print("simulating (minutes) ...", flush=True)
-    rows = [simulate(config, world_size) for config, world_size in layouts()]
-    print("ViT-H/14 at 224 px, 4,096 images a step, bf16; simulated")
-    print_rows(rows)
+    print("ViT-H/14 at 224 px, 4,096 images a step, bf16; simulated, minutes a row")
+    rows: list[dict[str, Any]] = []
+
+    def found() -> Iterator[dict[str, Any]]:
+        for config, world_size in layouts():
+            rows.append(simulate(config, world_size))
+            yield rows[-1]
+
+    print_rows(found())
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
     RESULT.write_text(json.dumps({"machine": machine, "rows": rows, "goals": []}, indent=1) + "\n")

@@ -69,13 +69,15 @@ def print_report(found: dict[str, Any]) -> None:
     print("forward, backward and AdamW on a batch in memory; medians of the rounds, and the lowest and the highest\n")
     table = Table(box=None, pad_edge=False, header_style="")
     table.add_column("")
-    for title in ("model", "images", "images/s", "lowest", "highest", "peak GiB", "kept GiB", "GFLOP/image", "GFLOP/s"):
+    for title in ("model", "images", "images/s", "lowest", "highest", "images/CPU-s"):
+        table.add_column(title, justify="right")
+    for title in ("peak GiB", "kept GiB", "GFLOP/image", "GFLOP/s"):
         table.add_column(title, justify="right")
     for title in ("of the limit", "first loss"):
         table.add_column(title, justify="right")
     for row in found["rows"]:
         table.add_row(*_cells(row, found["rows"]))
-    Console(width=160).print(table)
+    Console(width=175).print(table)
     for row in found["rows"]:
         if row["not_measured"]:
             print(f"{row['name']}, {row['size']} {row['precision']}: not measured: {row['not_measured']}")
@@ -88,7 +90,10 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         return [name, model, str(row["batch_size"]), "not measured"]
     limit = step_goals.find(rows, row["table"], step_rows.LIMIT, row["precision"]).get("flops_per_s")
     share = step_goals.ratio(row["flops_per_s"], limit)
-    speeds = [_number(row[key], 2) for key in ("images_per_s", "lowest_images_per_s", "highest_images_per_s")]
+    speeds = [
+        _number(row[key], 2)
+        for key in ("images_per_s", "lowest_images_per_s", "highest_images_per_s", "images_per_cpu_s")
+    ]
     memory = [_number(row[key], 2, 2**30) for key in ("peak_bytes", "saved_bytes")]
     flops = [_number(row["flops_per_image"], 1, 1e9), _number(row["flops_per_s"], 0, 1e9)]
     ends = ["" if share is None else f"{share:.0%}", _number(row["first_loss"], 4)]

@@ -44,7 +44,7 @@ class Fit(threading.Thread):
     def __init__(self, job: JobConfig, num_workers: int, payload: dict[str, Any], *, local: bool) -> None:
         super().__init__(daemon=True, name="ray-train-fit")
         self._scratch = tempfile.TemporaryDirectory(prefix="tarmac-ray-train-", ignore_cleanup_errors=True)
-        self._trainer = _trainer(job, num_workers, payload, local, self._scratch.name)
+        self._trainer = ray_trainer(job, num_workers, payload, local, self._scratch.name)
         self.num_workers = num_workers
         self.reason: StopReason | None = None
         """How it ended; None if it was lost."""
@@ -67,7 +67,16 @@ class Fit(threading.Thread):
             self._scratch.cleanup()
 
 
-def _trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local: bool, scratch: str) -> TorchTrainer:
+def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local: bool, scratch: str) -> TorchTrainer:
+    """What Ray Train is told: `train_worker` on so many workers, ended by their first failure.
+
+    Args:
+        job: what to train.
+        num_workers: of them.
+        payload: for `train_worker`, beside the job.
+        local: all workers are on this machine.
+        scratch: a folder for what Ray Train writes.
+    """
     gpu = job.gpus_per_worker > 0
     return TorchTrainer(
         train_worker,

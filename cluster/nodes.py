@@ -67,10 +67,10 @@ class Nodes:
         return world_within(self._job, min(fitting, free + num_running))
 
     def amounts(self) -> tuple[dict[str, float], dict[str, float]]:
-        """What the fewest workers need, and what the cluster has in all, in use or not."""
-        have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        """What the fewest workers need, and what the nodes that stay have in all, in use or not."""
         need = {kind: amount * self._job.least_workers for kind, amount in self._need.items()}
-        return need, {kind: float(have.get(kind, 0.0)) for kind in need}
+        staying = [node["Resources"] for node in self._nodes if node["Alive"] and node["NodeID"] not in self._avoided()]
+        return need, {kind: sum(float(node.get(kind, 0.0)) for node in staying) for kind in need}
 
     def _avoided(self) -> Collection[str]:
         return self._gone | set(self.leaving)

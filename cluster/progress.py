@@ -69,7 +69,7 @@ class RunProgress:
         elif kind == "damage":
             self._say(f"checkpoint damaged, walked past: {escape(event['path'])}: {escape(event['reason'])}", "yellow")
         elif kind == "lost":
-            self._say(f"workers were lost: {_first_line(event['error'])}", "yellow")
+            self._say(f"workers were lost: {_short(event['error'])}", "yellow")
         elif kind == "notice":
             self._say(_notice(event), "yellow")
         elif kind == "ended" and event["outcome"] == "resized":
@@ -79,7 +79,7 @@ class RunProgress:
             self._say(f"epoch {event['epoch']:.2f}: {scores} of {event['val_num_samples']:,} images", "green")
         elif kind == "waiting":
             need, have = (amounts(event[side]) for side in ("need", "have"))
-            self._say(f"waiting for workers: they need {need}; the cluster has {have} in all", "yellow")
+            self._say(f"waiting for workers: they need {need}; the nodes that stay have {have} in all", "yellow")
         elif kind == "stopping":
             self._say(f"{event['signal']}: saving a checkpoint, then stopping; once more to stop at once", "yellow")
 
@@ -113,9 +113,9 @@ class RunProgress:
         return Text.from_markup("  ".join(f"[dim]{name}[/dim] {value}" for name, value in cells.items()))
 
 
-def _first_line(error: str) -> str:
-    line = error.partition("\n")[0]
-    return escape(line if len(line) <= _ERROR_CHARS else f"{line[:_ERROR_CHARS]} ...")
+def _short(error: str) -> str:
+    error = " ".join(error.split())
+    return escape(error if len(error) <= _ERROR_CHARS else f"{error[:_ERROR_CHARS]} ...")
 
 
 def _notice(event: dict[str, Any]) -> str:

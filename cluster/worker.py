@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 
 from cluster.config import EvaluateJob, JobConfig
 from cluster.lease import LeaseError, check_lease
+from cluster.log_setup import set_up_logging, without_secrets
 from cluster.processes import start_time
 from cluster.relay import Pulse
 from cluster.tasks import Place, evaluation, pretraining
@@ -27,7 +28,7 @@ from trainer import parallel
 from trainer.checkpoint import find_resume, set_aside
 from trainer.config import check_world, from_dict
 from trainer.errors import CheckpointError, PeerError, TrainingError
-from trainer.loop import train
+from trainer.loop import Hooks, train
 from trainer.metrics import EventLog, attempt_directory
 from trainer.wishes import Wish
 
@@ -47,7 +48,7 @@ def train_worker(payload: dict[str, Any]) -> str:
         The StopReason's value, the same on all ranks.
     """
     began = time.time()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_up_logging(verbose=True)
     job: JobConfig = from_dict(EvaluateJob if "source" in payload["job"] else JobConfig, payload["job"])
     seat = _Seat(payload["relay"], payload["attempt"], payload["lease"], began)
     try:
@@ -57,8 +58,14 @@ def train_worker(payload: dict[str, Any]) -> str:
         raise  # the other rank tells why
     except Exception as error:
         fatal = isinstance(error, _FATAL)
-        ray.get(seat.relay.note_error.remote(seat.attempt, f"{type(error).__name__}: {error}", fatal))
+        ray.get(seat.relay.note_error.remote(seat.attempt, one_line(error), fatal))
         raise
+
+
+def one_line(error: Exception) -> str:
+    """Its type and text in one line, without the place in gloo's sources that a lost connection begins with."""
+    text = re.sub(r"^\[\S+:\d+\] ", "", " ".join(str(error).split()))
+    return without_secrets(f"{type(error).__name__}: {text}")
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,12 @@ def _train_rank(job: JobConfig, seat: _Seat) -> str:
         opened = evaluation(job, dataset, place, commit)
     else:
         opened = pretraining(job, dataset, place, commit)
+    hooks = Hooks(
+        ask=lambda: ray.get(seat.relay.take_wish.remote(seat.attempt)) if rank == 0 else Wish.GO_ON,
+        on_metrics=partial(seat.relay.push.remote, seat.attempt),
+        on_event=partial(seat.relay.announce.remote, seat.attempt),
+        may_commit=partial(check_lease, run, seat.lease),
+    )
     with opened as task:
         reason = train(
             job.train,
@@ -125,11 +138,8 @@ def _train_rank(job: JobConfig, seat: _Seat) -> str:
             attempt=seat.attempt,
             device=device,
             resume_from=commit,
-            ask=lambda: ray.get(seat.relay.take_wish.remote(seat.attempt)) if rank == 0 else Wish.GO_ON,
-            on_metrics=partial(seat.relay.push.remote, seat.attempt),
-            on_event=partial(seat.relay.announce.remote, seat.attempt),
+            hooks=hooks,
             began=seat.began,
-            may_commit=partial(check_lease, run, seat.lease),
             build=task.build,
             validation=task.validation,
         )

@@ -89,8 +89,8 @@ def test_goals_compare_rows_of_one_size_and_precision() -> None:
         row("large", OURS, "ours", "fp32", 8.0, saved_bytes=10),
         row("large", WITH_MASKS, "variant", "fp32", 2.0, saved_bytes=24),
         row("large", SHALLOW, "variant", "fp32", 10.0),
-        row("loop", BARE, "variant", "fp32", 1.02),
-        row("loop", UNDER_RAY, "variant", "fp32", 1.0),
+        row("loop", BARE, "variant", "fp32", 1.02, images_per_cpu_s=0.55),
+        row("loop", UNDER_RAY, "variant", "fp32", 1.0, images_per_cpu_s=0.5),
     ]
     found = {goal.name: goal for goal in step_goals.all_goals(rows)}
     assert found["ViT-B fp32: x the fastest peer (fast)"].measured == 1.5
@@ -106,6 +106,7 @@ def test_goals_compare_rows_of_one_size_and_precision() -> None:
     assert found["ViT-B fp32: cross decoder, x our own default"].measured == 2.0
     assert found["Ray Train and the loop, share of a step"].measured == pytest.approx(0.02)
     assert found["Ray Train and the loop, share of a step"].met
+    assert found["Ray Train and the loop, share of a step's CPU time"].measured == pytest.approx(0.1)
     assert not found["ViT-B bf16: x the fastest peer (no peer ran)"].met
 
 
@@ -118,6 +119,7 @@ def test_a_row_that_does_not_run_says_why(tmp_path: Path, capsys: pytest.Capture
     rows = step_rows.measure(table, "", log)
     assert rows[0]["not_measured"] is None
     assert rows[0]["images_per_s"] > 0
+    assert rows[0]["images_per_cpu_s"] > 0
     assert rows[0]["peak_bytes"] > 10**8
     assert 0.9 < rows[0]["first_loss"] < 1.5  # targets have variance 1
     assert rows[1]["not_measured"] == "KeyError: 'nobody'"
@@ -133,6 +135,6 @@ def test_the_loop_under_ray(tmp_path: Path) -> None:
     spec = Spec(UNDER_RAY, "variant", "ray", "tiny", batch_size=2)
     found = step_rows.run(spec, 3, False, log)
     assert len(found["seconds"]) == 3
-    assert all(seconds > 0 for seconds in found["seconds"])
+    assert all(seconds > 0 for seconds in found["seconds"] + found["cpu_seconds"])
     bare = step_rows.run(Spec(BARE, "variant", "bare", "tiny", batch_size=2), 1, False, log)
     assert found["loss"] == pytest.approx(bare["loss"], rel=1e-5)

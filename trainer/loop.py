@@ -33,7 +33,7 @@ from trainer.wishes import Wish
 if TYPE_CHECKING:
     from pipeline.reader import Quarantined
 
-__all__ = ["StopReason", "TrainingError", "Wish", "train"]
+__all__ = ["Hooks", "StopReason", "TrainingError", "Wish", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,20 @@ class StopReason(enum.Enum):
     """It was asked to; the same run can go on from here."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """Whom a run asks and tells on its way; as it is, nobody."""
+
+    ask: Callable[[], Wish] = lambda: Wish.GO_ON
+    """Called between steps, about once a second and after each log interval; all ranks do what any of them is asked."""
+    on_metrics: Callable[[StepRecord], None] = lambda record: None
+    """Given every step's record, on rank 0."""
+    on_event: Callable[[Event], None] = lambda event: None
+    """Given every event, likewise."""
+    may_commit: Callable[[], None] = lambda: None
+    """Called on rank 0 before a checkpoint is committed; nothing is if it raises."""
+
+
 def train(
     config: LoopConfig,
     loader: Iterable[Any],
@@ -69,11 +83,8 @@ def train(
     attempt: int,
     device: torch.device,
     resume_from: Commit | None,
-    ask: Callable[[], Wish],
-    on_metrics: Callable[[StepRecord], None],
-    on_event: Callable[[Event], None] = lambda event: None,
+    hooks: Hooks = Hooks(),
     began: float | None = None,
-    may_commit: Callable[[], None] = lambda: None,
     build: Callable[[Any, torch.device, DeviceMesh], Trainee] = build_mae_trainee,
     validation: Validation | None = None,
 ) -> StopReason:
@@ -89,12 +100,8 @@ def train(
         attempt: number of this attempt, of which no other has the same.
         device: where this rank's part of the model lives.
         resume_from: from `checkpoint.find_resume`.
-        ask: called between steps, about once a second and after each log interval; all ranks do what any of them is
-            asked.
-        on_metrics: given every step's record, on rank 0.
-        on_event: given every event, likewise.
+        hooks: asked and told on the way.
         began: when this process turned to the attempt, in seconds since 1970, for the `start` event; None is now.
-        may_commit: called on rank 0 before a checkpoint is committed; nothing is if it raises.
         build: makes what is trained: a masked autoencoder, unless told otherwise.
         validation: looks at the model on the way.
 
@@ -111,7 +118,7 @@ def train(
     shard_size = config.parallel.shard_size
     with (
         parallel.process_mesh(device, shard_size) as mesh,
-        _open_log(config, run, attempt, on_metrics, on_event) as log,
+        _open_log(config, run, attempt, hooks) as log,
     ):
         trainee = build(config, device, mesh)
         if resume_from is not None:
@@ -120,9 +127,9 @@ def train(
         batches = iter(loader)
         numbers = StepNumbers(config, num_samples, device)
         quarantined: list[Quarantined] = []
-        stopping, questions = False, _Questions(ask, step)
+        stopping, questions = False, _Questions(hooks.ask, step)
 
-        with _saver(config, run, log, may_commit) as saver:
+        with _saver(config, run, log, hooks.may_commit) as saver:
 
             def tell() -> None:
                 questions.pace(_report(log, numbers, quarantined, config.optim.max_skipped_steps))
@@ -185,16 +192,10 @@ class _Questions:
             self._every = max(1, int(_ASK_S / step_s))
 
 
-def _open_log(
-    config: LoopConfig,
-    run: Store,
-    attempt: int,
-    on_metrics: Callable[[StepRecord], None],
-    on_event: Callable[[Event], None],
-) -> RunLog:
+def _open_log(config: LoopConfig, run: Store, attempt: int, hooks: Hooks) -> RunLog:
     if parallel.rank() != 0:
         return SilentLog()
-    return RunLog(run.child(attempt_directory(attempt)), config.log.flush_s, on_metrics, on_event)
+    return RunLog(run.child(attempt_directory(attempt)), config.log.flush_s, hooks.on_metrics, hooks.on_event)
 
 
 def _log_start(log: RunLog, attempt: int, resume_from: Commit | None, began: float) -> None:

@@ -26,6 +26,17 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 """What torch's counter leaves out: attention on a CPU."""
 
 
+def timed(one_step: Callable[[], None], num_steps: int) -> dict[str, list[float]]:
+    """Seconds of each step, and CPU seconds of all this process's threads."""
+    found: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
+    for _ in range(num_steps):
+        started, cpu_started = time.perf_counter(), time.process_time()
+        one_step()
+        found["seconds"].append(time.perf_counter() - started)
+        found["cpu_seconds"].append(time.process_time() - cpu_started)
+    return found
+
+
 def counts(forward: Callable[[], Tensor], model: nn.Module, batch_size: int) -> dict[str, Any]:
     """FLOPs an image, and what a forward keeps for backward.
 
@@ -77,11 +88,11 @@ def time_matmuls(spec: Spec, num_rounds: int, count: bool) -> dict[str, Any]:
         for sides, number in products.found.items()
     ]
     flops = sum(2 * number * left.numel() * right.shape[1] for number, left, right in pairs)
-    seconds = []
-    for _ in range(num_rounds + 1):
-        started = time.perf_counter()
+
+    def one_step() -> None:
         for number, left, right in pairs:
             for _ in range(number):
                 torch.mm(left, right)
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds[1:], "flops_per_image": flops / spec.batch_size}
+
+    one_step()
+    return timed(one_step, num_rounds) | {"flops_per_image": flops / spec.batch_size}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from benchmarks.peers.step_models import Spec, batch_of, our_config
 from benchmarks.peers.step_runner import peak_bytes, repeated
 from cluster.relay import start_relay
 from pipeline.store import Store
-from trainer.loop import train
+from trainer.loop import Hooks, train
 from trainer.metrics import StepRecord
 
 LOG_EVERY_STEPS = 2
@@ -26,7 +27,7 @@ LOG_EVERY_STEPS = 2
 
 
 def train_under_ray(spec: Spec, num_steps: int) -> dict[str, Any]:
-    """Seconds of each step after the first, from the end of one to the end of the next."""
+    """Seconds of each step after the first, from end to end, and CPU seconds of the worker's process."""
     num_cpus = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="tarmac-bench-step-") as folder:
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
@@ -57,10 +58,12 @@ def _worker(payload: dict[str, Any]) -> dict[str, Any]:
         checkpoint=replace(config.checkpoint, every_steps=num_steps + 1),  # the last step's, which is not timed
     )
     records: list[StepRecord] = []
+    cpu_s: list[float] = []
 
     def take(record: StepRecord) -> None:
         relay.push.remote(1, record)
         records.append(record)
+        cpu_s.append(time.process_time())
 
     train(
         config,
@@ -70,9 +73,11 @@ def _worker(payload: dict[str, Any]) -> dict[str, Any]:
         attempt=1,
         device=torch.device("cpu"),
         resume_from=None,
-        ask=lambda: ray.get(relay.take_wish.remote(1)),
-        on_metrics=take,
+        hooks=Hooks(ask=lambda: ray.get(relay.take_wish.remote(1)), on_metrics=take),
     )
     ends = [record["time"] for record in records]
     seconds = [end - begin for begin, end in pairwise(ends)]
-    return {"seconds": seconds, "peak_bytes": peak_bytes(), "loss": records[0]["loss"]}
+    # Records come LOG_EVERY_STEPS at a time, so that only their ends are known.
+    warm = LOG_EVERY_STEPS - 1
+    cpu_seconds = [(cpu_s[-1] - cpu_s[warm]) / (len(cpu_s) - 1 - warm)]
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes(), "loss": records[0]["loss"]}

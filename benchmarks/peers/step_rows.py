@@ -148,7 +148,10 @@ def _last_line(log: Path) -> str:
 
 def row(table: str, spec: Spec, rounds: Sequence[dict[str, Any]], reason: str | None) -> dict[str, Any]:
     """What the table and the JSON file say about a spec."""
-    speeds = [] if reason else [spec.batch_size / statistics.median(found["seconds"]) for found in rounds]
+    speeds, cpu_speeds = (
+        [] if reason else [spec.batch_size / statistics.median(found[key]) for found in rounds]
+        for key in ("seconds", "cpu_seconds")
+    )
     first = {} if reason else rounds[0]
     speed, flops = statistics.median(speeds) if speeds else None, first.get("flops_per_image")
     return {
@@ -161,6 +164,7 @@ def row(table: str, spec: Spec, rounds: Sequence[dict[str, Any]], reason: str | 
         "images_per_s": speed,
         "lowest_images_per_s": min(speeds, default=None),
         "highest_images_per_s": max(speeds, default=None),
+        "images_per_cpu_s": statistics.median(cpu_speeds) if cpu_speeds else None,
         "peak_bytes": max((found["peak_bytes"] for found in rounds if "peak_bytes" in found), default=None),
         "flops_per_image": flops,
         "flops_per_s": speed * flops if speed and flops else None,

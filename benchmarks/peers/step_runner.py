@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,14 +110,9 @@ def _plain_step(model: nn.Module, forward: Callable[[], Tensor], losses: list[fl
 
 
 def time_steps(one_step: Callable[[], None], num_steps: int) -> dict[str, Any]:
-    """Seconds of each step after one that warms up, and the largest resident memory by then."""
+    """Seconds of each step after one that warms up, its CPU seconds, and the largest resident memory by then."""
     one_step()
-    seconds = []
-    for _ in range(num_steps):
-        started = time.perf_counter()
-        one_step()
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds, "peak_bytes": peak_bytes()}
+    return step_counts.timed(one_step, num_steps) | {"peak_bytes": peak_bytes()}
 
 
 def peak_bytes() -> int:

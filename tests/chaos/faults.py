@@ -215,7 +215,7 @@ def three_preemptions(scene: Scene) -> None:
         scene.strike(f"drain of {node.name}", lambda node=node: scene.cluster.drain(node, SHORT_NOTICE_S))
         scene.wait_for_attempt(number + 2, num_steps=5)
         scene.cluster.lose(node)
-        scene.cluster.add_nodes(1, wait=False)
+        scene.cluster.add_nodes(1)
 
 
 def newest_damaged(scene: Scene) -> None:

@@ -141,7 +141,7 @@ def endure(stage: Stage, night: Contender, minutes: float) -> dict[str, Any]:
         num_faults += 1
         sleep_until(due + NOTICE_S, night)
         night.cluster.lose(node)
-        night.cluster.add_nodes(1, wait=False)
+        night.cluster.add_nodes(1)
         due += EVERY_S
     sleep_until(end, night)
     steps = [(step, time) for step, time in night.steps() if time <= end]

@@ -124,12 +124,11 @@ class Cluster:
         options = ("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", "--no-monitor")
         self._start("head", *options, f"--temp-dir={self.folder / 'ray'}")
 
-    def add_nodes(self, num_nodes: int, wait: bool = True) -> None:
-        """Start more nodes; `wait` until they are part of the cluster."""
+    def add_nodes(self, num_nodes: int) -> None:
+        """Start more nodes, and wait until they are part of the cluster."""
         for _ in range(num_nodes):
             self._num_nodes += 1
-            start = self._start if wait else self._launch
-            start(f"node-{self._num_nodes}", f"--address={self.address}", "--num-cpus=1")
+            self._start(f"node-{self._num_nodes}", f"--address={self.address}", "--num-cpus=1")
 
     def make_whole(self, num_nodes: int) -> None:
         """Have that many nodes beside the head: dead ones are forgotten, newer ones lost, missing ones started."""

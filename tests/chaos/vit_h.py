@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -66,6 +67,7 @@ def train(terminal: Terminal, recipe: str, global_batch_size: int) -> tuple[RunW
         "data.num-lanes": global_batch_size,
         "data.decode-device": "cpu",
         "data.num-decode-threads": 1,
+        "parallel.precision": precision(),
         "optim.num-steps": NUM_STEPS,
         "checkpoint.every-steps": KILL_AFTER,
         "log.every-steps": 1,
@@ -93,6 +95,11 @@ def train(terminal: Terminal, recipe: str, global_batch_size: int) -> tuple[RunW
     return watcher, peaks
 
 
+def precision() -> str:
+    """The recipe's bf16 where the CPU has instructions for it (avx512 or amx): without them it takes 40 times as long."""
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
 def peak_bytes(pid: int) -> int:
     """The largest resident memory of a process so far; 0 if it is gone."""
     try:
@@ -111,6 +118,7 @@ def report(
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
         "recipe": arguments.recipe,
         "global_batch_size": arguments.global_batch_size,
+        "precision": precision(),
         "losses": [record["loss"] for record in watcher.records],
         "step_s": [record["step_s"] for record in watcher.records],
         "peak_worker_bytes": max(peaks.values()),
@@ -120,6 +128,7 @@ def report(
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     table = Table("What", "Measured")
+    table.add_row("precision", summary["precision"])
     table.add_row("loss", ", ".join(f"{loss:.4f}" for loss in summary["losses"]))
     table.add_row("step, s", ", ".join(f"{seconds:.1f}" for seconds in summary["step_s"]))
     table.add_row("largest worker, resident", f"{summary['peak_worker_bytes'] / 2**30:.1f} GiB")

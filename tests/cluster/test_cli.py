@@ -18,7 +18,7 @@ from pipeline.config import AugmentConfig, DataConfig
 from pipeline.store import Store
 from trainer import recipes
 from trainer.config import OptimConfig, TrainConfig
-from trainer.loop import Wish, train
+from trainer.loop import train
 from trainer.run_files import open_run
 
 TINY = [
@@ -149,8 +149,6 @@ def run(dataset, tmp_path):
             attempt=1,
             device=torch.device("cpu"),
             resume_from=None,
-            ask=lambda: Wish.GO_ON,
-            on_metrics=lambda record: None,
         )
     return job.run
 

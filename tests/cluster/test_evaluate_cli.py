@@ -20,7 +20,7 @@ from pipeline.store import Store
 from trainer.config import ModelConfig, OptimConfig, ParallelConfig, TrainConfig, from_dict, to_dict
 from trainer.evaluate import recipes
 from trainer.evaluate.config import EvaluationRecord, SourceConfig
-from trainer.loop import Wish, train
+from trainer.loop import train
 from trainer.run_files import open_run
 
 ENCODER = ("--model.embed-dim", "16", "--model.depth", "2", "--model.num-heads", "2")
@@ -63,8 +63,6 @@ def urls(tmp_path_factory):
             attempt=1,
             device=torch.device("cpu"),
             resume_from=None,
-            ask=lambda: Wish.GO_ON,
-            on_metrics=lambda record: None,
         )
     return {"from": run.url, "data": data, "val": val}
 

@@ -22,7 +22,7 @@ from pipeline.errors import StoreError
 from pipeline.store import Store
 from trainer import checkpoint, parallel
 from trainer.checkpoint_saver import CheckpointSaver
-from trainer.loop import Wish, train
+from trainer.loop import train
 from trainer.metrics import read_events
 
 
@@ -160,10 +160,8 @@ def _train_on_a_full_disk(url: str) -> tuple[str, int]:
             yield batch
 
     try:
-        train(
-            config, batches(), run=_FullAfterOne(url), num_samples=NUM_SAMPLES, attempt=1, device=CPU,
-            resume_from=None, ask=lambda: Wish.GO_ON, on_metrics=lambda record: None,
-        )  # fmt: skip
+        run = _FullAfterOne(url)
+        train(config, batches(), run=run, num_samples=NUM_SAMPLES, attempt=1, device=CPU, resume_from=None)
     except StoreError as error:
         return str(error), seen
     return "it went on", seen

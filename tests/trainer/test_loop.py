@@ -30,7 +30,7 @@ from trainer import checkpoint, parallel
 from trainer.config import TrainConfig
 from trainer.errors import TrainingError
 from trainer.guard import Verdict
-from trainer.loop import StopReason, Wish, train
+from trainer.loop import StopReason, train
 from trainer.mae import build_mae, normalize
 from trainer.metrics import read_events, read_metrics
 from trainer.optim import build_optimizer, learning_rate
@@ -336,6 +336,4 @@ def test_a_loader_at_another_step_is_refused(tmp_path: Path) -> None:
             attempt=1,
             device=CPU,
             resume_from=None,
-            ask=lambda: Wish.GO_ON,
-            on_metrics=lambda record: None,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tiny_runs import CPU, Told, tiny_config
+from tiny_runs import CPU, Told, stopping_at, tiny_config
 
 from cluster.cli import main
 from cluster.config import EvaluateJob
@@ -27,7 +27,7 @@ from trainer.evaluate.config import (
     SourceConfig,
     ValidationConfig,
 )
-from trainer.loop import Wish, train
+from trainer.loop import train
 from trainer.metrics import next_attempt
 from trainer.run_files import open_run
 
@@ -65,8 +65,6 @@ def pretrain_tiny(data: str, run_url: str, ema_decay: float | None = None) -> No
             attempt=1,
             device=CPU,
             resume_from=None,
-            ask=lambda: Wish.GO_ON,
-            on_metrics=lambda record: None,
         )
 
 
@@ -129,9 +127,7 @@ def evaluate_attempt(job: EvaluateJob, stop_at: int | None = None) -> tuple[Told
             attempt=attempt,
             device=CPU,
             resume_from=commit,
-            ask=lambda: Wish.STOP if stop_at is not None and records and records[-1]["step"] >= stop_at else Wish.GO_ON,
-            on_metrics=records.append,
-            on_event=events.append,
+            hooks=stopping_at(stop_at, records, on_event=events.append),
             build=task.build,
             validation=task.validation,
         )

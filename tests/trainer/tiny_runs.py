@@ -33,7 +33,7 @@ from trainer.config import (
     ParallelConfig,
     TrainConfig,
 )
-from trainer.loop import StopReason, Wish, train
+from trainer.loop import Hooks, StopReason, Wish, train
 from trainer.metrics import read_metrics
 
 SAMPLES_PER_SHARD = np.array([13, 20, 7])
@@ -110,6 +110,15 @@ class Told:
     records: list[Any]
 
 
+def stopping_at(step: int | None, records: list[Any], **others: Any) -> Hooks:
+    """Hooks that collect the records, and ask to stop once that of `step` is among them; None never does."""
+
+    def ask() -> Wish:
+        return Wish.STOP if step is not None and records and records[-1]["step"] >= step else Wish.GO_ON
+
+    return Hooks(ask=ask, on_metrics=records.append, **others)
+
+
 def train_attempt(
     url: str,
     config: TrainConfig,
@@ -130,8 +139,7 @@ def train_attempt(
         attempt=attempt,
         device=CPU,
         resume_from=commit,
-        ask=lambda: Wish.STOP if stop_at is not None and records and records[-1]["step"] >= stop_at else Wish.GO_ON,
-        on_metrics=records.append,
+        hooks=stopping_at(stop_at, records),
     )
     return Told(reason, records)
 

@@ -1,0 +1,38 @@
+"""What Ray Train and torch are told for workers with and without a GPU; it is built here, and run elsewhere."""
+
+import pytest
+from torch.distributed import BackendConfig
+
+from cluster.config import JobConfig
+from cluster.fit import ray_trainer
+from pipeline.config import DataConfig
+from trainer.config import TrainConfig
+
+
+def trainer_of(tmp_path, *, local, **fields):
+    train = TrainConfig(data=DataConfig(global_batch_size=64, num_lanes=16))
+    job = JobConfig(train=train, data="d", run="r", **fields)
+    return ray_trainer(job, 2, {"relay": None, "attempt": 1, "lease": 1}, local, str(tmp_path))
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_workers_with_a_gpu_reduce_over_nccl_and_agree_over_gloo(tmp_path, local):
+    trainer = trainer_of(tmp_path, local=local, gpus_per_worker=1.0, cpus_per_worker=8.0)
+    scaling = trainer.scaling_config
+    assert scaling.use_gpu
+    assert (scaling.num_workers, scaling.resources_per_worker) == (2, {"CPU": 8.0, "GPU": 1.0})
+    assert BackendConfig(trainer.backend_config.backend).get_device_backend_map() == {"cpu": "gloo", "cuda": "nccl"}
+
+
+def test_workers_on_cpus_use_gloo_alone(tmp_path):
+    trainer = trainer_of(tmp_path, local=True)
+    assert not trainer.scaling_config.use_gpu
+    assert trainer.scaling_config.resources_per_worker == {"CPU": 1.0}
+    assert BackendConfig(trainer.backend_config.backend).get_device_backend_map()["cpu"] == "gloo"
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_worker_that_fails_ends_the_attempt(tmp_path, local):
+    failures = trainer_of(tmp_path, local=local).run_config.failure_config
+    # Restarts are the driver's: it knows the run's checkpoints.
+    assert (failures.max_failures, failures.max_preemption_failures, failures.controller_failure_limit) == (0, 0, 0)

@@ -96,7 +96,7 @@ def train(terminal: Terminal, recipe: str, global_batch_size: int) -> tuple[RunW
 
 
 def precision() -> str:
-    """The recipe's bf16 where the CPU has instructions for it (avx512 or amx): without them it takes 40 times as long."""
+    """bf16, as the recipe has it, if the CPU has instructions for it (avx512 or amx): it is 40 times slower without."""
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 

@@ -22,8 +22,8 @@ from pipeline.config import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """The asymmetric MAE; image and patch size come from `data.augment`. Defaults are ViT-B's."""
+class EncoderConfig:
+    """A vision transformer; image and patch size come from `data.augment`. Defaults are ViT-B's."""
 
     embed_dim: int = 768
     """Width D of the encoder."""
@@ -33,6 +33,16 @@ class ModelConfig:
     """Attention heads of an encoder block."""
     mlp_ratio: float = 4.0
     """Hidden width of a block's MLP over the block's width, in encoder and decoder."""
+
+    def __post_init__(self) -> None:
+        require_blocks("", self.embed_dim, self.depth, self.num_heads)
+        require(self.mlp_ratio > 0, f"model.mlp_ratio ({self.mlp_ratio}) must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(EncoderConfig):
+    """The asymmetric MAE: an encoder, and a light decoder."""
+
     decoder_embed_dim: int = 512
     """Width of the decoder."""
     decoder_depth: int = 8
@@ -51,19 +61,8 @@ class ModelConfig:
     """Give the encoder mask tokens for the removed patches, as BERT does: the paper's slow comparison (table 1c)."""
 
     def __post_init__(self) -> None:
-        for prefix in ("", "decoder_"):
-            width, heads = getattr(self, f"{prefix}embed_dim"), getattr(self, f"{prefix}num_heads")
-            require(
-                heads >= 1 and width >= 1 and width % heads == 0,
-                f"model.{prefix}embed_dim ({width}) must be divisible by model.{prefix}num_heads ({heads})",
-            )
-            require(
-                width % 4 == 0,
-                f"model.{prefix}embed_dim ({width}) must be divisible by 4 for the 2-D sin-cos position embedding",
-            )
-            depth = getattr(self, f"{prefix}depth")
-            require(depth >= 1, f"model.{prefix}depth ({depth}) must be at least 1")
-        require(self.mlp_ratio > 0, f"model.mlp_ratio ({self.mlp_ratio}) must be positive")
+        EncoderConfig.__post_init__(self)
+        require_blocks("decoder_", self.decoder_embed_dim, self.decoder_depth, self.decoder_num_heads)
         require(self.decoder in ("self", "cross"), f"model.decoder ({self.decoder!r}) must be 'self' or 'cross'")
         require(
             self.predict_ratio is None or self.decoder == "cross",
@@ -74,6 +73,19 @@ class ModelConfig:
             not self.masking_in_encoder or self.decoder == "self",
             "model.masking_in_encoder needs model.decoder 'self': the cross decoder looks at visible tokens only",
         )
+
+
+def require_blocks(prefix: str, width: int, depth: int, num_heads: int) -> None:
+    """ValueError unless transformer blocks can be so; `prefix` is that of their fields' names in `model`."""
+    require(
+        num_heads >= 1 and width >= 1 and width % num_heads == 0,
+        f"model.{prefix}embed_dim ({width}) must be divisible by model.{prefix}num_heads ({num_heads})",
+    )
+    require(
+        width % 4 == 0,
+        f"model.{prefix}embed_dim ({width}) must be divisible by 4 for the 2-D sin-cos position embedding",
+    )
+    require(depth >= 1, f"model.{prefix}depth ({depth}) must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from benchmarks.peers.step_peers import transformers_names
 from pipeline.config import AugmentConfig, DataConfig
 from trainer.config import ModelConfig, TrainConfig
 from trainer.mae import MAE, build_mae, normalize
@@ -43,32 +44,8 @@ def batch_of(config, batch=3, dtype=torch.float64):
     return images, noise, order[:, :num_kept], order[:, num_kept:]
 
 
-def transformers_names(state):
-    """Our tensors under the names that transformers gives them."""
-    renamed = {}
-    for name, tensor in state.items():
-        if name.startswith(("blocks.", "decoder_blocks.")):
-            stack, index, rest = name.split(".", 2)
-            prefix = f"{'vit.layers' if stack == 'blocks' else 'decoder.decoder_layers'}.{index}"
-            rest = rest.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
-            if rest.startswith("attn.qkv"):
-                for part, chunk in zip("qkv", tensor.chunk(3), strict=True):
-                    renamed[f"{prefix}.attention.{part}_proj.{rest.rsplit('.', 1)[1]}"] = chunk
-                continue
-            renamed[f"{prefix}.{rest.replace('attn.proj', 'attention.o_proj')}"] = tensor
-        elif name.startswith(("decoder_", "mask_token")):
-            renamed[f"decoder.{name}"] = tensor
-        else:
-            place = {
-                "cls_token": "embeddings.cls_token",
-                "pos_embed": "embeddings.position_embeddings",
-                "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-                "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-                "norm.weight": "layernorm.weight",
-                "norm.bias": "layernorm.bias",
-            }[name]
-            renamed[f"vit.{place}"] = tensor
-    return renamed
+def in_transformers(tensors):
+    return {name.removeprefix("model."): tensor for name, tensor in transformers_names(tensors).items()}
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -87,7 +64,7 @@ def test_loss_and_gradients_equal_transformers(norm_pix_loss):
             norm_pix_loss=norm_pix_loss, layer_norm_eps=1e-6,
         )
     ).double()  # fmt: skip
-    theirs.load_state_dict(transformers_names(ours.state_dict()))
+    theirs.load_state_dict(in_transformers(ours.state_dict()))
     images, noise, kept_ids, masked_ids = batch_of(config)
 
     per_image = ours(images, kept_ids, masked_ids)
@@ -97,7 +74,7 @@ def test_loss_and_gradients_equal_transformers(norm_pix_loss):
     reference.backward()
 
     torch.testing.assert_close(per_image.mean(), reference, rtol=1e-10, atol=0)
-    gradients = transformers_names({name: p.grad for name, p in ours.named_parameters()})
+    gradients = in_transformers({name: p.grad for name, p in ours.named_parameters()})
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pipeline.config import AugmentConfig, DataConfig, StoreConfig, execution, require
 from trainer.config import (
     CheckpointConfig,
+    EncoderConfig,
     LogConfig,
     ParallelConfig,
     UpdateConfig,
@@ -18,17 +19,9 @@ from trainer.config import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClassifierConfig:
-    """A pretrained encoder and a linear head; image and patch size come from `data.augment`. Defaults are ViT-B's."""
+class ClassifierConfig(EncoderConfig):
+    """A pretrained encoder, whose size must be the pretrained run's, and a linear head."""
 
-    embed_dim: int = 768
-    """Width D of the encoder; this and the three below must be the pretrained run's."""
-    depth: int = 12
-    """Blocks of the encoder."""
-    num_heads: int = 12
-    """Attention heads of a block."""
-    mlp_ratio: float = 4.0
-    """Hidden width of a block's MLP over the block's width."""
     num_classes: int | None = None
     """Outputs of the head; None takes the dataset's classes."""
     frozen_encoder: bool = False
@@ -42,16 +35,7 @@ class ClassifierConfig:
     """Standard deviation of the head's first weights."""
 
     def __post_init__(self) -> None:
-        require(
-            self.num_heads >= 1 and self.embed_dim >= 1 and self.embed_dim % self.num_heads == 0,
-            f"model.embed_dim ({self.embed_dim}) must be divisible by model.num_heads ({self.num_heads})",
-        )
-        require(
-            self.embed_dim % 4 == 0,
-            f"model.embed_dim ({self.embed_dim}) must be divisible by 4 for the 2-D sin-cos position embedding",
-        )
-        require(self.depth >= 1, f"model.depth ({self.depth}) must be at least 1")
-        require(self.mlp_ratio > 0, f"model.mlp_ratio ({self.mlp_ratio}) must be positive")
+        EncoderConfig.__post_init__(self)
         require(
             self.num_classes is None or self.num_classes >= 2,
             f"model.num_classes ({self.num_classes}) must be at least 2; leave it out for the dataset's",

@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -124,47 +124,75 @@ def train(
         if resume_from is not None:
             checkpoint.load(run, resume_from, trainee.model, trainee.optimizer, trainee.extra_tensors())
         _log_start(log, attempt, resume_from, began)
-        batches = iter(loader)
         numbers = StepNumbers(config, num_samples, device)
-        quarantined: list[Quarantined] = []
-        stopping, questions = False, _Questions(hooks.ask, step)
-
         with _saver(config, run, log, hooks.may_commit) as saver:
-
-            def tell() -> None:
-                questions.pace(_report(log, numbers, quarantined, config.optim.max_skipped_steps))
-                _log_saved(log, saver)
-
-            while step < total_steps and not stopping:
-                lr = learning_rate(config, step, total_steps)
-                quarantined += update(config, trainee, batches, numbers, step=step, lr=lr)
-                step += 1
-
-                look_due = step % config.log.every_steps == 0 or step == total_steps
-                save_due = step % config.checkpoint.every_steps == 0 or step == total_steps
-                validation_due = validation is not None and validation.due(step)
-                if look_due or save_due or validation_due:
-                    tell()
-                if look_due or questions.due(step):
-                    stopping, saving, failed = questions.put(step, saver)
-                    if failed:
-                        saver.wait()
-                    save_due = save_due or saving or stopping
-                    if saving or stopping:
-                        tell()  # a checkpoint's steps are on record before it is
-                if validation is not None and validation_due:
-                    validation.run(trainee.model, step, log)
-                    numbers.restart_clock()
-                if save_due:
-                    state = checkpoint.state_of(trainee.model, trainee.optimizer, trainee.extra_tensors())
-                    saver.start(state, step=step, samples_seen=step * config.data.global_batch_size)
-                    numbers.restart_clock()
-            saver.wait()
-            _log_saved(log, saver)
+            questions = _Questions(hooks.ask, step)
+            steps = _Steps(config, trainee, numbers, log, saver, questions, validation, total_steps)
+            step = steps.take(iter(loader), step)
 
         reason = StopReason.FINISHED if step == total_steps else StopReason.STOPPED
         log.event("stop", step=step, reason=reason.value)
     return reason
+
+
+@dataclasses.dataclass
+class _Steps:
+    """An attempt's steps, and what is due between two of them; on every rank at the same ones."""
+
+    config: LoopConfig
+    trainee: Trainee
+    numbers: StepNumbers
+    log: RunLog
+    saver: CheckpointSaver
+    questions: _Questions
+    validation: Validation | None
+    total_steps: int
+    quarantined: list[Quarantined] = dataclasses.field(default_factory=list)
+    """Samples that were replaced and not told of yet."""
+
+    def take(self, batches: Iterator[Any], step: int) -> int:
+        """From `step` to the end of the run or to a request to stop, with the last save; returns the step reached."""
+        stopping = False
+        while step < self.total_steps and not stopping:
+            lr = learning_rate(self.config, step, self.total_steps)
+            self.quarantined += update(self.config, self.trainee, batches, self.numbers, step=step, lr=lr)
+            step += 1
+            stopping = self._between(step)
+        self.saver.wait()
+        _log_saved(self.log, self.saver)
+        return step
+
+    def _between(self, step: int) -> bool:
+        """Tell, ask, validate and save what is due after `step` updates; whether to stop then."""
+        at_end = step == self.total_steps
+        look_due = step % self.config.log.every_steps == 0 or at_end
+        save_due = step % self.config.checkpoint.every_steps == 0 or at_end
+        validation_due = self.validation is not None and self.validation.due(step)
+        stopping = False
+        if look_due or save_due or validation_due:
+            self._tell()
+        if look_due or self.questions.due(step):
+            stopping, saving, failed = self.questions.put(step, self.saver)
+            if failed:
+                self.saver.wait()
+            save_due = save_due or saving or stopping
+            if saving or stopping:
+                self._tell()  # a checkpoint's steps are on record before it is
+        if self.validation is not None and validation_due:
+            self.validation.run(self.trainee.model, step, self.log)
+            self.numbers.restart_clock()
+        if save_due:
+            trainee = self.trainee
+            state = checkpoint.state_of(trainee.model, trainee.optimizer, trainee.extra_tensors())
+            samples_seen = step * self.config.data.global_batch_size
+            self.saver.start(state, step=step, samples_seen=samples_seen)
+            self.numbers.restart_clock()
+        return stopping
+
+    def _tell(self) -> None:
+        max_skipped = self.config.optim.max_skipped_steps
+        self.questions.pace(_report(self.log, self.numbers, self.quarantined, max_skipped))
+        _log_saved(self.log, self.saver)
 
 
 class _Questions:

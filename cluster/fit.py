@@ -12,8 +12,10 @@ import ray
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.config import LoggingConfig
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
@@ -87,16 +89,21 @@ def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[_Turn(payload["relay"], payload["attempt"], num_workers)],
+            callbacks=[_Place(payload["relay"], payload["attempt"], num_workers)],
         ),
     )
 
 
-class _Turn(ControllerCallback):  # type: ignore[misc]
-    """In Ray Train's controller: holds the workers back until the driver has begun their attempt."""
+class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """In Ray Train's controller: takes the workers' place when the driver has begun their attempt, and gives it back.
+
+    Ray Train gives it back too, but not where the last calls to workers fail by other than the death of an actor: when
+    Ray's memory monitor has killed one, say. The next attempt would then wait for ever.
+    """
 
     def __init__(self, relay: Any, attempt: int, num_workers: int) -> None:
         self._relay, self._attempt, self._num_workers = relay, attempt, num_workers
+        self._taken: PlacementGroup | None = None
 
     def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> None:
         while True:
@@ -106,6 +113,13 @@ class _Turn(ControllerCallback):  # type: ignore[misc]
             if attempt >= self._attempt:
                 raise RuntimeError("it is not needed")
             time.sleep(_TURN_POLL_S)
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        self._taken = worker_group.get_worker_group_state().placement_group_handle.placement_group
+
+    async def before_controller_shutdown(self) -> None:
+        if self._taken is not None:
+            remove_placement_group(self._taken)
 
 
 class Fits:

@@ -1,0 +1,64 @@
+"""Ray Train under an attempt: what it took is free again however the attempt ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import OutOfMemoryError
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+
+from cluster.config import JobConfig
+from cluster.fit import ray_trainer
+from cluster.relay import start_relay
+from pipeline.config import DataConfig
+from trainer.config import TrainConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def last_call_fails() -> TorchConfig:
+    """As when Ray's memory monitor has killed a worker: the calls that end the process group raise this."""
+
+    # In here, Ray sends them as they are: its processes cannot import this module.
+    class Backend(_TorchBackend):  # type: ignore[misc]
+        def on_shutdown(self, *args: Any) -> None:
+            raise OutOfMemoryError("a worker was killed due to the node running low on memory")
+
+    class Config(TorchConfig):  # type: ignore[misc]
+        @property
+        def backend_cls(self) -> type[_TorchBackend]:
+            return Backend
+
+    return Config(backend="gloo")
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's own, which Ray Train imports
+def test_the_workers_place_is_free_after_an_attempt_whose_end_fails(one_cpu: None, tmp_path: Path) -> None:
+    job = JobConfig(
+        train=TrainConfig(data=DataConfig(global_batch_size=8, num_lanes=8)),
+        data=str(tmp_path / "no-dataset"),
+        run=str(tmp_path / "run"),
+    )
+    relay = start_relay("test-fit")
+    ray.get(relay.begin.remote(1, 1))
+    trainer = ray_trainer(job, 1, {"relay": relay, "attempt": 1, "lease": 1}, True, str(tmp_path / "scratch"))
+    trainer.backend_config = last_call_fails()
+    with pytest.raises(Exception, match="no-dataset"):
+        trainer.fit()
+    deadline = time.monotonic() + 60
+    while (free := ray.available_resources().get("CPU", 0.0)) < 1:
+        assert time.monotonic() < deadline, f"{free} of 1 CPU is free"
+        time.sleep(0.2)

@@ -248,7 +248,7 @@ def _broken(watch: Watch, fit: Fit) -> str:
     if watch.broken is not None:
         what = {"silence": "gave no sign of life", "stall": "completed no step"}[watch.broken]
         return f"workers {what} for too long and were killed"
-    return " ".join(fit.error.split("\n")[:2]) or "the worker processes were killed"
+    return fit.error or "the worker processes were killed"
 
 
 def _committed_step(run: Store) -> int | None:

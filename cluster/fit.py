@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
+from cluster.log_setup import without_secrets
 from cluster.process_group import torch_config
 from cluster.worker import train_worker
 from trainer.config import to_dict
@@ -62,11 +63,18 @@ class Fit(threading.Thread):
         except BaseException as error:  # for the main thread to look at
             logger.info("Ray Train gave up", exc_info=error)
             # Not the error itself: its traceback would keep Ray's controller alive, and with it the workers' resources.
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = why(error)
             failure = error.controller_failure if isinstance(error, ControllerError) else None
             self.found_no_place = isinstance(failure, WorkerGroupStartupTimeoutError)
         finally:
             self._scratch.cleanup()
+
+
+def why(error: BaseException) -> str:
+    """The first line that says something: Ray Train's own begin with headings, and some go on for pages."""
+    headings = ("Training failed due to worker errors", "[Rank ")
+    lines = (line for line in str(error).splitlines() if line.strip() and not line.startswith(headings))
+    return without_secrets(f"{type(error).__name__}: {next(lines, 'no reason given')}")
 
 
 def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local: bool, scratch: str) -> TorchTrainer:

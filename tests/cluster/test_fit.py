@@ -1,10 +1,11 @@
 """What Ray Train and torch are told for workers with and without a GPU; it is built here, and run elsewhere."""
 
 import pytest
+from ray.train import WorkerGroupError
 from torch.distributed import BackendConfig
 
 from cluster.config import JobConfig
-from cluster.fit import ray_trainer
+from cluster.fit import ray_trainer, why
 from pipeline.config import DataConfig
 from trainer.config import TrainConfig
 
@@ -36,3 +37,21 @@ def test_a_worker_that_fails_ends_the_attempt(tmp_path, local):
     failures = trainer_of(tmp_path, local=local).run_config.failure_config
     # Restarts are the driver's: it knows the run's checkpoints.
     assert (failures.max_failures, failures.max_preemption_failures, failures.controller_failure_limit) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            WorkerGroupError(
+                "[Rank 0,1 Error Snippet]:\n7 worker(s) were killed due to the node running low on memory.\nOOM kill reason: ...",
+                {},
+            ),
+            "WorkerGroupError: 7 worker(s) were killed due to the node running low on memory.",
+        ),
+        (RuntimeError("no s3://me:word@bucket/a?token=1 there"), "RuntimeError: no s3://bucket/a there"),
+        (KeyboardInterrupt(), "KeyboardInterrupt: no reason given"),
+    ],
+)
+def test_the_reason_of_a_loss_is_one_line_without_headings_and_secrets(error, reason):
+    assert why(error) == reason

@@ -44,7 +44,7 @@ def test_a_worker_that_fails_ends_the_attempt(tmp_path, local):
     [
         (
             WorkerGroupError(
-                "[Rank 0,1 Error Snippet]:\n7 worker(s) were killed due to the node running low on memory.\nOOM kill reason: ...",
+                "[Rank 0,1 Error Snippet]:\n7 worker(s) were killed due to the node running low on memory.\nmore",
                 {},
             ),
             "WorkerGroupError: 7 worker(s) were killed due to the node running low on memory.",

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 from pipeline.store import Store
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_lost_node_changes_nothing(bucket: str, nodes: Cluster, photos: list[Path], tmp_path: Path) -> None:
     """`bucket` comes first: the nodes take the server's address and credentials from the environment."""
     source = tmp_path / "source"
-    for copy in range(8):
+    for copy in range(5):
         for photo in photos:
             (source / photo.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copy(photo, source / photo.parent.name / f"{copy}_{photo.name}")
@@ -57,9 +57,9 @@ def test_a_lost_node_changes_nothing(bucket: str, nodes: Cluster, photos: list[P
         assert time.monotonic() < deadline
         time.sleep(0.2)
     nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
-    output, errors = there.communicate(timeout=200)
+    output, errors = there.communicate(timeout=400)
     assert there.returncode == 0, errors
-    assert '"num_samples": 320' in output
+    assert '"num_samples": 200' in output
     assert {entry.path: written.read(entry.path) for entry in written.list()} == files(tmp_path / "here")
 
 

@@ -30,7 +30,7 @@ class JobConfig:
     silence_timeout_s: float = execution(20.0)
     """A worker that gives no sign of life for this long is killed, and the run restarted."""
     stall_timeout_s: float = execution(600.0)
-    """Workers that complete no step for this long are killed, and the run restarted; loading a checkpoint counts."""
+    """Workers that complete no step for this long are killed, and the run restarted; starting and loading count."""
 
     def __post_init__(self) -> None:
         require(bool(self.data), "data must be the URL of a dataset")

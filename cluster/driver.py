@@ -177,7 +177,7 @@ class Driver:
             if not running:
                 return news
             if self._lease.lost_to is not None:
-                watch.kill_all(news.pulses)
+                watch.kill_all(news.workers)
             if self._stops.asked_by and watch.aim != "stop":
                 self._tell("stopping", signal=self._stops.asked_by)
                 watch.stop("stop")
@@ -229,7 +229,7 @@ class Driver:
         """What the workers and this driver told since the last call; passed on to whoever looks on."""
         news: News = ray.get(self._relay.take.remote())
         self._nodes.note_notices(news.notices)
-        self._used = {pulse.node for pulse in news.pulses}
+        self._used = {worker.node for worker in news.workers}
         news.events += self._told
         self._told = []
         self._metrics.take(news)

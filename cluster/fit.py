@@ -21,6 +21,7 @@ from cluster.capacity import worker_resources
 from cluster.config import JobConfig
 from cluster.log_setup import without_secrets
 from cluster.process_group import torch_config
+from cluster.relay import this_worker
 from cluster.worker import train_worker
 from trainer.config import to_dict
 from trainer.loop import StopReason
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _TURN_POLL_S = 0.1
 _CLOSE_S = 15.0
+_ANSWER_S = 60.0
 
 
 class Fit(threading.Thread):
@@ -105,8 +107,9 @@ def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local
 class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """In Ray Train's controller: takes the workers' place when the driver has begun their attempt, and gives it back.
 
-    Ray Train gives it back too, but not where the last calls to workers fail by other than the death of an actor: when
-    Ray's memory monitor has killed one, say. The next attempt would then wait for ever.
+    It tells who the workers are before they do anything that could hang. Ray Train gives the place back too, but not
+    where the last calls to workers fail by other than the death of an actor: when Ray's memory monitor has killed one,
+    say. The next attempt would then wait for ever.
     """
 
     def __init__(self, relay: Any, attempt: int, num_workers: int) -> None:
@@ -121,6 +124,11 @@ class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
             if attempt >= self._attempt:
                 raise RuntimeError("it is not needed")
             time.sleep(_TURN_POLL_S)
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        found = ray.get([worker.execute_async(this_worker) for worker in workers], timeout=_ANSWER_S)
+        ray.get(self._relay.note_workers.remote(self._attempt, found))
+        return {}
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         self._taken = worker_group.get_worker_group_state().placement_group_handle.placement_group

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 
+from cluster.processes import start_time
 from trainer.wishes import Wish
 
 
 @dataclass(frozen=True)
-class Pulse:
-    """A worker's sign of life."""
+class Worker:
+    """A worker's process."""
 
-    rank: int
     node: str
     """Ray's id of its node."""
     pid: int
     started: int | None
     """The process's `processes.start_time`."""
-    age_s: float = 0.0
-    """Time since the last sign."""
+    silent_s: float | None = None
+    """Time since its last sign of life; None before the first."""
+
+
+def this_worker() -> Worker:
+    """The process that runs this, on a cluster."""
+    pid = os.getpid()
+    return Worker(ray.get_runtime_context().get_node_id(), pid, start_time(pid))
 
 
 @dataclass
@@ -33,8 +40,8 @@ class News:
     events: list[dict[str, Any]] = field(default_factory=list)
     notices: list[dict[str, Any]] = field(default_factory=list)
     """From node agents: `node`, `source`, `deadline`."""
-    pulses: list[Pulse] = field(default_factory=list)
-    """Of every worker of the attempt that has begun, always."""
+    workers: list[Worker] = field(default_factory=list)
+    """Of the attempt, by rank, always; none before Ray has started them all."""
     fatal: str | None = None
     """Of the attempt, always: an error that a restart cannot mend."""
     error: str | None = None
@@ -53,7 +60,8 @@ class Relay:
         """From now on only what workers of this attempt say counts."""
         self._attempt, self._num_workers = attempt, num_workers
         self._wish = Wish.GO_ON
-        self._pulses: dict[int, tuple[Pulse, float]] = {}
+        self._workers: list[Worker] = []
+        self._pulses: dict[int, float] = {}
         self._fatal: str | None = None
         self._error: str | None = None
 
@@ -80,10 +88,15 @@ class Relay:
         elif not fatal and self._error is None:
             self._error = error
 
-    def note_pulse(self, attempt: int, pulse: Pulse) -> None:
+    def note_workers(self, attempt: int, workers: list[Worker]) -> None:
+        """Ray has started the workers; by rank."""
+        if attempt == self._attempt:
+            self._workers = workers
+
+    def note_pulse(self, attempt: int, rank: int) -> None:
         """A worker is alive."""
         if attempt == self._attempt:
-            self._pulses[pulse.rank] = (pulse, time.monotonic())
+            self._pulses[rank] = time.monotonic()
 
     def note_notice(self, notice: dict[str, Any]) -> None:
         """A node's agent has heard that the node will be taken away."""
@@ -94,8 +107,9 @@ class Relay:
         news, self._news = self._news, News()
         news.notices, self._notices = self._notices, []
         now = time.monotonic()
-        news.pulses = [
-            Pulse(pulse.rank, pulse.node, pulse.pid, pulse.started, now - seen) for pulse, seen in self._pulses.values()
+        news.workers = [
+            replace(worker, silent_s=now - self._pulses[rank]) if rank in self._pulses else worker
+            for rank, worker in enumerate(self._workers)
         ]
         news.fatal, news.error = self._fatal, self._error
         return news

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from cluster.config import JobConfig
 from cluster.nodes import Nodes
-from cluster.relay import News, Pulse
+from cluster.relay import News, Worker
 from trainer.wishes import Wish
 
 Aim = Literal["stop", "move", "resize"]
@@ -78,8 +78,8 @@ class Watch:
             self._progressed = time.monotonic()
             self._first_step = self._first_step or self._progressed
         self._save_s = max([self._save_s, *(event["seconds"] for event in news.events if event["event"] == "save")])
-        self._look_for_silence(news.pulses)
-        self._look_for_stall(news.pulses)
+        self._look_for_silence(news.workers)
+        self._look_for_stall(news.workers)
         if self.aim is None:
             self._look_for_notices(news)
         if self.aim is None:
@@ -90,32 +90,33 @@ class Watch:
         self.aim = aim
         self._ask(Wish.STOP)
 
-    def kill_all(self, pulses: list[Pulse]) -> None:
+    def kill_all(self, workers: list[Worker]) -> None:
         """End the attempt at once."""
-        self._kill(pulses)
+        self._kill(workers)
 
-    def _look_for_silence(self, pulses: list[Pulse]) -> None:
-        silent = [pulse for pulse in pulses if pulse.age_s > self._job.silence_timeout_s]
+    def _look_for_silence(self, workers: list[Worker]) -> None:
+        limit_s = self._job.silence_timeout_s
+        silent = [worker for worker in workers if worker.silent_s is not None and worker.silent_s > limit_s]
         if silent and self._kill(silent):
             self.broken = self.broken or "silence"
 
-    def _look_for_stall(self, pulses: list[Pulse]) -> None:
-        if pulses and time.monotonic() - self._progressed > self._job.stall_timeout_s and self._kill(pulses):
+    def _look_for_stall(self, workers: list[Worker]) -> None:
+        if workers and time.monotonic() - self._progressed > self._job.stall_timeout_s and self._kill(workers):
             self.broken = self.broken or "stall"
 
-    def _kill(self, pulses: list[Pulse]) -> bool:
+    def _kill(self, workers: list[Worker]) -> bool:
         """Kill workers; Ray Train then ends the others. Not again for a while: one that is being killed is silent."""
         if time.monotonic() - self._killed < _AGAIN_S:
             return False
         self._killed = time.monotonic()
-        for pulse in pulses:
-            if pulse.started is not None:
-                self._killer.kill(pulse.node, pulse.pid, pulse.started)
+        for worker in workers:
+            if worker.started is not None:
+                self._killer.kill(worker.node, worker.pid, worker.started)
         return True
 
     def _look_for_notices(self, news: News) -> None:
         """A node that leaves: move at once if there is room without it, else stay until shortly before its end."""
-        used = {pulse.node for pulse in news.pulses} | {self._driver_node}
+        used = {worker.node for worker in news.workers} | {self._driver_node}
         leaving = {node: deadline for node, deadline in self._nodes.leaving.items() if node in used}
         new = leaving.keys() - self._known
         self._known |= new

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -18,8 +17,6 @@ import torch
 from cluster.config import EvaluateJob, JobConfig
 from cluster.lease import LeaseError, check_lease
 from cluster.log_setup import set_up_logging, without_secrets
-from cluster.processes import start_time
-from cluster.relay import Pulse
 from cluster.tasks import Place, evaluation, pretraining
 from pipeline import open_dataset
 from pipeline.errors import ManifestError, ShardError
@@ -84,15 +81,13 @@ class _Heartbeat(threading.Thread):
     def __init__(self, seat: _Seat) -> None:
         super().__init__(daemon=True, name="pulse")
         self._relay, self._attempt = seat.relay, seat.attempt
-        node = ray.get_runtime_context().get_node_id()
-        rank = ray.train.get_context().get_world_rank()
-        self._sign = Pulse(rank=rank, node=node, pid=os.getpid(), started=start_time(os.getpid()))
+        self._rank = ray.train.get_context().get_world_rank()
         self._closed = threading.Event()
 
     def run(self) -> None:
         """Until closed."""
         while not self._closed.is_set():
-            self._relay.note_pulse.remote(self._attempt, self._sign)
+            self._relay.note_pulse.remote(self._attempt, self._rank)
             self._closed.wait(_PULSE_S)
 
     def __enter__(self) -> _Heartbeat:

@@ -1,6 +1,8 @@
 """The driver's and workers' shared memory: news taken once, errors of an attempt that stay, wishes."""
 
-from cluster.relay import Pulse, Relay
+from dataclasses import replace
+
+from cluster.relay import Relay, Worker
 from trainer.wishes import Wish
 
 
@@ -33,9 +35,10 @@ def test_what_workers_of_an_earlier_attempt_still_say_does_not_count():
     relay.push(1, {"step": 7})
     relay.announce(1, {"event": "save"})
     relay.note_error(1, "late", fatal=True)
-    relay.note_pulse(1, Pulse(0, "node", 1, 2))
+    relay.note_workers(1, [Worker("node", 1, 2)])
+    relay.note_pulse(1, 0)
     news = relay.take()
-    assert (news.records, news.events, news.pulses, news.fatal) == ([], [], [], None)
+    assert (news.records, news.events, news.workers, news.fatal) == ([], [], [], None)
     assert relay.take_wish(2) is Wish.GO_ON
 
 
@@ -50,19 +53,20 @@ def test_a_save_is_asked_for_once_and_a_stop_until_it_is_done():
     assert [relay.take_wish(1) for _ in range(2)] == [Wish.STOP, Wish.STOP]
 
 
-def test_pulses_grow_old_until_the_next():
+def test_workers_are_known_before_their_first_sign_of_life_and_silent_until_the_next():
     relay = relay_of(3)
-    relay.note_pulse(3, Pulse(0, "a", 10, 100))
-    relay.note_pulse(3, Pulse(1, "b", 11, 101))
-    first = relay.take().pulses
-    assert [(pulse.rank, pulse.node, pulse.pid, pulse.started) for pulse in first] == [
-        (0, "a", 10, 100),
-        (1, "b", 11, 101),
-    ]
-    relay.note_pulse(3, Pulse(1, "b", 11, 101))
-    old, young = relay.take().pulses
-    assert old.age_s > first[0].age_s
-    assert young.age_s < old.age_s
+    workers = [Worker("a", 10, 100), Worker("b", 11, 101)]
+    relay.note_workers(3, workers)
+    assert relay.take().workers == workers  # silent_s is None
+    relay.note_pulse(3, 0)
+    relay.note_pulse(3, 1)
+    first = relay.take().workers
+    assert [replace(worker, silent_s=None) for worker in first] == workers
+    relay.note_pulse(3, 1)
+    old, young = (worker.silent_s for worker in relay.take().workers)
+    assert None not in (old, young)
+    assert old > first[0].silent_s
+    assert young < old
 
 
 def test_notices_come_whichever_attempt_runs():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,11 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
 from cluster.config import JobConfig
-from cluster.fit import ray_trainer
+from cluster.fit import Fit, ray_trainer
+from cluster.node_agent import NodeAgents
+from cluster.nodes import Nodes
 from cluster.relay import start_relay
+from cluster.watch import Watch
 from pipeline.config import DataConfig
 from trainer.config import TrainConfig
 
@@ -45,19 +50,60 @@ def one_cpu() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's own, which Ray Train imports
-def test_the_workers_place_is_free_after_an_attempt_whose_end_fails(one_cpu: None, tmp_path: Path) -> None:
-    job = JobConfig(
+@pytest.fixture
+def job(tmp_path: Path) -> JobConfig:
+    """Its dataset does not exist, which is the first thing that its workers find out."""
+    return JobConfig(
         train=TrainConfig(data=DataConfig(global_batch_size=8, num_lanes=8)),
         data=str(tmp_path / "no-dataset"),
         run=str(tmp_path / "run"),
+        stall_timeout_s=5.0,
     )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's own, which Ray Train imports
+def test_the_workers_place_is_free_after_an_attempt_whose_end_fails(
+    one_cpu: None, job: JobConfig, tmp_path: Path
+) -> None:
     relay = start_relay("test-fit")
     ray.get(relay.begin.remote(1, 1))
     trainer = ray_trainer(job, 1, {"relay": relay, "attempt": 1, "lease": 1}, True, str(tmp_path / "scratch"))
     trainer.backend_config = last_call_fails()
     with pytest.raises(Exception, match="no-dataset"):
         trainer.fit()
+    wait_for_free_cpu()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_worker_that_freezes_before_its_first_sign_of_life_is_killed(one_cpu: None, job: JobConfig) -> None:
+    relay = start_relay("test-fit")
+    ray.get(relay.begin.remote(1, 1))
+    fit = Fit(job, 1, {"relay": relay, "attempt": 1, "lease": 1}, local=True)
+    fit.start()
+    while not (news := ray.get(relay.take.remote())).workers:
+        time.sleep(0.02)
+    os.kill(news.workers[0].pid, signal.SIGSTOP)
+    agents, events = NodeAgents(), list[str]()
+    watch = Watch(
+        job,
+        1,
+        nodes=Nodes(job),
+        killer=agents,
+        ask=relay.wish.remote,
+        tell=lambda kind, **fields: events.append(kind),
+        driver_node=news.workers[0].node,
+    )
+    while fit.is_alive():
+        agents.refresh()
+        watch.look(ray.get(relay.take.remote()))
+        fit.join(0.2)
+    assert ray.get(relay.take.remote()).workers[0].silent_s is None
+    assert watch.broken == "stall"
+    assert "no-dataset" not in fit.error
+    wait_for_free_cpu()
+
+
+def wait_for_free_cpu() -> None:
     deadline = time.monotonic() + 60
     while (free := ray.available_resources().get("CPU", 0.0)) < 1:
         assert time.monotonic() < deadline, f"{free} of 1 CPU is free"

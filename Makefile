@@ -35,8 +35,16 @@ $(VENV)/setup.stamp: pyproject.toml constraints.txt | $(BIN)/python
 demo: $(VENV)/demo.stamp ## photographs to a trained MAE on local S3 and Ray, with a kill; SOURCE=/path uses your images
 	@$(BIN)/python -m cluster.demo $(if $(SOURCE),--source "$(SOURCE)")
 
+# A test opens the report page in a browser: yours, or Debian's where this may install it.
+$(VENV)/browser.stamp: | $(BIN)/python
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing Debian's chromium ..." && \
+	  { apt-get update && apt-get install --yes --no-install-recommends chromium; } >$(VENV)/browser.log 2>&1; } || \
+	  echo "no Chromium here: the test that opens a report in one is skipped (Debian: apt-get install chromium)"
+	@touch $@
+
 # Ray tests start a cluster each and measure its restarts: they run after the others, one at a time.
-test: setup ## every test that runs without a GPU
+test: setup $(VENV)/browser.stamp ## every test that runs without a GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m 'not ray and $(MARKS)'; status=$$?; \
 	$(BIN)/pytest -m 'ray and $(MARKS)' && exit $$status
 

@@ -18,6 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
+from cluster.log_setup import without_secrets
 from cluster.options import CommandError, UsageError
 
 _REQUEST_S = 30.0
@@ -56,13 +57,14 @@ class Job:
 
     @property
     def failure(self) -> str:
-        """Why it ended, in a line: the last error that it printed, or how it ended."""
+        """Why it ended, in a line: the last error that it printed, or how it ended and its last words."""
         errors = re.findall(r"^error: (.+)$", self.message, re.MULTILINE)
         if errors and self.exit_code in FATAL_EXITS:
             return str(errors[-1])
-        if self.exit_code is not None:
-            return f"its driver ended with {self.exit_code}"
-        return self.message.partition("\n")[0] or str(self.status)
+        if self.exit_code is None:
+            return self.message.partition("\n")[0] or str(self.status)
+        how, words = f"its driver ended with {self.exit_code}", self.message.strip().rpartition("\n")[2]
+        return f"{how}: {without_secrets(words)}" if words and self.exit_code in FATAL_EXITS else how
 
 
 class _Client(JobSubmissionClient):

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.utils import NormalizedName, canonicalize_name
 
 PACKAGES = ("pipeline", "trainer", "cluster")
 CONSTRAINTS = "cluster/constraints.txt"
 _EXTRA = "gpu"
 """Of our extras, the one that a job needs: the decoder."""
+_RAY_EXTRA = "train"
+"""Of Ray's, the one that a cluster may not have; it answers jobs only with `default`."""
 _IN_WORKING_DIR = f"--constraint ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/{CONSTRAINTS}"
 """pip puts the variable's value in; Ray sets it where it unpacks the job's code."""
 
@@ -59,17 +61,18 @@ def runtime_env(staged: Path, *, pinned: bool) -> dict[str, Any]:
 
 
 def pins(constraints: str) -> list[str]:
-    """Our own dependencies, each in the version that the constraints have. Ray is not one: it is the cluster's."""
+    """Our own dependencies and Ray Train's, in the versions that the constraints have. Ray itself is the cluster's."""
     versions = {}
     for line in constraints.splitlines():
         if line and not line.startswith("#"):
             pin = Requirement(line)
             versions[canonicalize_name(pin.name)] = pin.specifier
-    needed = (Requirement(text) for text in metadata.requires("tarmac") or ())
-    wanted = {canonicalize_name(item.name) for item in needed if item.marker is None or _is_wanted(item)}
-    return sorted(f"{name}{versions[name]}" for name in wanted - {"ray"})
+    wanted = _required("tarmac", _EXTRA) - {canonicalize_name("ray")}
+    wanted |= _required("ray", _RAY_EXTRA) - _required("ray", "")
+    return sorted(f"{name}{versions[name]}" for name in wanted)
 
 
-def _is_wanted(item: Requirement) -> bool:
-    assert item.marker is not None
-    return item.marker.evaluate({"extra": _EXTRA})
+def _required(distribution: str, extra: str) -> set[NormalizedName]:
+    """What an installed distribution needs with one of its extras, or with none ("")."""
+    needed = (Requirement(text) for text in metadata.requires(distribution) or ())
+    return {canonicalize_name(one.name) for one in needed if not one.marker or one.marker.evaluate({"extra": extra})}

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from ray._private.runtime_env.packaging import get_uri_for_directory
+from ray.job_submission import JobStatus
 from run_folders import write_lines
 
 from cluster.cli import main
-from cluster.ray_jobs import is_loopback
+from cluster.ray_jobs import Job, is_loopback
 from cluster.run_commands import PretrainOptions, job_of
 from cluster.shipping import pins, runtime_env, stage
 from cluster.submit import Submission, job_prefix
@@ -174,9 +175,28 @@ def test_the_pinned_environment_has_what_a_job_needs_and_leaves_ray_alone(tmp_pa
     pinned = pins(constraints)
     names = {pin.partition("==")[0] for pin in pinned}
     assert {"torch", "s3fs", "pyarrow", "nvidia-dali-cuda130", "tyro"} <= names
+    assert {"pandas", "tensorboardx"} <= names  # Ray Train's, which a cluster with ray[default] alone has not
     assert not {"ray", "pytest", "moto", "webdataset"} & names
     assert set(pinned) <= {line.lower() for line in constraints.splitlines()}
     packages = runtime_env(tmp_path, pinned=True)["pip"]["packages"]
     assert packages[2:] == pinned
     assert packages[1] == "--constraint ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/cluster/constraints.txt"
     assert runtime_env(tmp_path, pinned=False) == {"working_dir": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "message", "reason"),
+    [
+        (1, "failed, last logs:\nerror: no dataset\nbye", "no dataset"),
+        (
+            1,
+            "failed, last logs:\nTraceback\nImportError: s3://u:p@host/x\n",
+            "its driver ended with 1: ImportError: s3://host/x",
+        ),
+        (-9, "failed, last logs:\nstep 3/20", "its driver ended with -9"),
+        (None, "no node has room\nmore", "no node has room"),
+    ],
+)
+def test_a_failed_job_says_why_in_a_line(exit_code, message, reason):
+    job = Job(id="a", status=JobStatus.FAILED, exit_code=exit_code, error_type=None, message=message, metadata={})
+    assert job.failure == reason

@@ -1,11 +1,13 @@
-"""The row of the step benchmark that has everything around the step: Ray Train, the loop, its log and its questions."""
+"""The rows of the step benchmark that have the loop around the step, its log and its questions; and Ray Train."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,16 @@ from cluster.relay import start_relay
 from pipeline.store import Store
 from trainer.loop import Hooks, train
 from trainer.metrics import StepRecord
+from trainer.wishes import Wish
 
 LOG_EVERY_STEPS = 2
 """Five times as often as a run reads its numbers back, writes them, and asks whether to stop."""
+
+
+def train_alone(spec: Spec, num_steps: int) -> dict[str, Any]:
+    """The loop in this process, one rank: what `train_under_ray` measures, without Ray."""
+    with tempfile.TemporaryDirectory(prefix="tarmac-bench-step-") as folder:
+        return _train(spec, num_steps, folder, ask=lambda: Wish.GO_ON, push=lambda record: None)
 
 
 def train_under_ray(spec: Spec, num_steps: int) -> dict[str, Any]:
@@ -48,8 +57,20 @@ def train_under_ray(spec: Spec, num_steps: int) -> dict[str, Any]:
 
 
 def _worker(payload: dict[str, Any]) -> dict[str, Any]:
-    spec, num_steps, relay = Spec(**payload["spec"]), payload["num_steps"], payload["relay"]
+    relay = payload["relay"]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return _train(
+        Spec(**payload["spec"]),
+        payload["num_steps"],
+        payload["folder"],
+        ask=lambda: ray.get(relay.take_wish.remote(1)),
+        push=partial(relay.push.remote, 1),
+    )
+
+
+def _train(
+    spec: Spec, num_steps: int, folder: str, *, ask: Callable[[], Wish], push: Callable[[StepRecord], object]
+) -> dict[str, Any]:
     config = our_config(spec)
     config = replace(
         config,
@@ -61,19 +82,19 @@ def _worker(payload: dict[str, Any]) -> dict[str, Any]:
     cpu_s: list[float] = []
 
     def take(record: StepRecord) -> None:
-        relay.push.remote(1, record)
+        push(record)
         records.append(record)
         cpu_s.append(time.process_time())
 
     train(
         config,
         repeated(batch_of(spec.batch_size), num_steps + 1),
-        run=Store(Path(payload["folder"], "run").as_uri()),
+        run=Store(Path(folder, "run").as_uri()),
         num_samples=10**6,
         attempt=1,
         device=torch.device("cpu"),
         resume_from=None,
-        hooks=Hooks(ask=lambda: ray.get(relay.take_wish.remote(1)), on_metrics=take),
+        hooks=Hooks(ask=ask, on_metrics=take),
     )
     ends = [record["time"] for record in records]
     seconds = [end - begin for begin, end in pairwise(ends)]

@@ -21,7 +21,7 @@ TIMEOUT_S = 600.0
 PEERS = {"transformers": "transformers", "lightly": "lightly", "timm blocks": "timm"}
 OURS, COMPILED, LIMIT = "tarmac", "tarmac, compiled", "limit: matrix products"
 CROSS, WITH_MASKS, SHALLOW = "tarmac, cross decoder", "tarmac, mask tokens in encoder", "tarmac, decoder depth 1"
-BARE, UNDER_RAY = "bare loop", "Ray Train and the loop"
+BARE, LOOP, UNDER_RAY = "bare loop", "the loop without Ray", "Ray Train and the loop"
 CROSS_MODEL = {"decoder": "cross", "predict_ratio": 0.25}
 
 
@@ -72,7 +72,8 @@ def tables(size: Size) -> list[Table]:
     large.append(replace(ours, name=WITH_MASKS, model={"masking_in_encoder": True}))
     large.append(replace(ours, name=SHALLOW, model={"decoder_depth": 1}))
     bare = Spec(BARE, "variant", "bare", size.base, batch_size=size.loop_batch_size)
-    loop = [bare, replace(bare, name=UNDER_RAY, builder="ray")]
+    loop = [bare, replace(bare, name=OURS, builder="ours")]
+    loop += [replace(bare, name=LOOP, builder="loop"), replace(bare, name=UNDER_RAY, builder="ray")]
     return [
         Table("base", base, size.num_rounds["base"], size.num_steps),
         Table("large", large, size.num_rounds["large"], size.num_steps),

@@ -35,7 +35,8 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if spec.precision == "bf16" and spec.size != "tiny" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         sys.exit("this CPU has no instructions for bf16 (avx512 or amx), and takes minutes a step without them")
-    measure = {"matmuls": step_counts.time_matmuls, "ours": time_ours, "bare": time_bare, "ray": time_under_ray}
+    measure = {"matmuls": step_counts.time_matmuls, "ours": time_ours, "bare": time_bare}
+    measure |= {"loop": time_loop, "ray": time_under_ray}
     print(json.dumps(measure.get(spec.builder, time_peer)(spec, num_steps, count)))
 
 
@@ -88,8 +89,15 @@ def time_bare(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
     return time_steps(_plain_step(model, forward, losses), num_steps) | {"loss": losses[0]}
 
 
+def time_loop(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
+    """The same steps as `trainer.loop.train` takes them, records, events and saves included."""
+    from benchmarks.peers.step_ray import train_alone
+
+    return train_alone(spec, num_steps)
+
+
 def time_under_ray(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
-    """The same steps as `trainer.loop.train` takes them in a Ray Train worker, records, events and saves included."""
+    """The same in a Ray Train worker."""
     from benchmarks.peers.step_ray import train_under_ray
 
     return train_under_ray(spec, num_steps)

@@ -41,7 +41,7 @@ $(VENV)/browser.stamp: | $(BIN)/python
 	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing Debian's chromium ..." && \
 	  { apt-get update && apt-get install --yes --no-install-recommends chromium; } >$(VENV)/browser.log 2>&1; } || \
 	  echo "no Chromium here: the test that opens a report in one is skipped (Debian: apt-get install chromium)"
-	@touch $@
+	@! command -v chromium chromium-browser google-chrome >/dev/null || touch $@
 
 # Ray tests start a cluster each and measure its restarts: they run after the others, one at a time.
 test: setup $(VENV)/browser.stamp ## every test that runs without a GPU

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,17 +24,6 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     ),
 }
 """What torch's counter leaves out: attention on a CPU."""
-
-
-def timed(one_step: Callable[[], None], num_steps: int) -> dict[str, list[float]]:
-    """Seconds of each step, and CPU seconds of all this process's threads."""
-    found: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
-    for _ in range(num_steps):
-        started, cpu_started = time.perf_counter(), time.process_time()
-        one_step()
-        found["seconds"].append(time.perf_counter() - started)
-        found["cpu_seconds"].append(time.process_time() - cpu_started)
-    return found
 
 
 def counts(forward: Callable[[], Tensor], model: nn.Module, batch_size: int) -> dict[str, Any]:
@@ -61,6 +50,12 @@ def counts(forward: Callable[[], Tensor], model: nn.Module, batch_size: int) -> 
     return {"flops_per_image": counter.get_total_flops() / batch_size, "saved_bytes": sum(kept.values())}
 
 
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 class _Products(TorchDispatchMode):
     """Collects the matrix products of what runs under it: shapes and strides of both sides."""
 
@@ -75,8 +70,8 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def time_matmuls(spec: Spec, num_rounds: int, count: bool) -> dict[str, Any]:
-    """The matrix products of our model's step and nothing else, in its precision."""
+def matmuls(spec: Spec) -> tuple[Callable[[], None], int]:
+    """The matrix products of our model's step and nothing else, in its precision: to run them, and their FLOPs."""
     model, dtype = build_mae(our_config(spec)), torch.bfloat16 if spec.precision == "bf16" else torch.float32
     batch = batch_of(spec.batch_size)
     images = normalize(batch.images, AUGMENT.mean, AUGMENT.std)
@@ -94,5 +89,4 @@ def time_matmuls(spec: Spec, num_rounds: int, count: bool) -> dict[str, Any]:
             for _ in range(number):
                 torch.mm(left, right)
 
-    one_step()
-    return timed(one_step, num_rounds) | {"flops_per_image": flops / spec.batch_size}
+    return one_step, flops

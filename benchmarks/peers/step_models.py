@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +31,27 @@ class Spec:
     kind: str
     """ours, peer, limit or variant (of ours)."""
     builder: str
-    """ours, transformers, lightly, timm; or matmuls, bare, ray."""
+    """ours, transformers, lightly, timm; or matmuls, bare, loop, ray."""
     size: str
     precision: str = "fp32"
     compiled: bool = False
     batch_size: int = 16
     model: dict[str, Any] | None = None
     """Fields of our model that differ from the size's."""
+    spare_cpus: int = 0
+    """CPUs of this machine that it leaves alone."""
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that compute."""
+        return max(1, len(os.sched_getaffinity(0)) - self.spare_cpus)
+
+
+def why_not(spec: Spec) -> str | None:
+    """Why this machine cannot run it."""
+    if spec.precision == "bf16" and spec.size != "tiny" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no instructions for bf16 (avx512 or amx), and takes minutes a step without them"
+    return None
 
 
 def our_config(spec: Spec) -> TrainConfig:

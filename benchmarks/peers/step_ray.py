@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,11 @@ import torch
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from benchmarks.peers.step_counts import peak_bytes
 from benchmarks.peers.step_models import Spec, batch_of, our_config
-from benchmarks.peers.step_runner import peak_bytes, repeated
+from benchmarks.peers.step_turns import Plan, Turns
 from cluster.relay import start_relay
+from pipeline.loader import Batch
 from pipeline.store import Store
 from trainer.loop import Hooks, train
 from trainer.metrics import StepRecord
@@ -29,39 +29,38 @@ LOG_EVERY_STEPS = 2
 """Five times as often as a run reads its numbers back, writes them, and asks whether to stop."""
 
 
-def train_alone(spec: Spec, num_steps: int) -> dict[str, Any]:
-    """The loop in this process, one rank: what `train_under_ray` measures, without Ray."""
+def run_alone(spec: Spec, turns: Turns) -> None:
+    """The loop in this process, one rank: what `run_under_ray` measures, without Ray."""
     with tempfile.TemporaryDirectory(prefix="tarmac-bench-step-") as folder:
-        return _train(spec, num_steps, folder, ask=lambda: Wish.GO_ON, push=lambda record: None)
+        _train(spec, turns, folder, ask=lambda: Wish.GO_ON, push=lambda record: None)
 
 
-def train_under_ray(spec: Spec, num_steps: int) -> dict[str, Any]:
-    """Seconds of each step after the first, from end to end, and CPU seconds of the worker's process."""
-    num_cpus = len(os.sched_getaffinity(0))
+def run_under_ray(spec: Spec, plan: Plan, address: str) -> None:
+    """The loop in a Ray Train worker, which takes the turns; this process has the driver's relay."""
     with tempfile.TemporaryDirectory(prefix="tarmac-bench-step-") as folder:
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=spec.num_threads, include_dashboard=False, log_to_driver=False)
         try:
             relay = start_relay("step-benchmark")
             ray.get(relay.begin.remote(1, 1))
+            what = {"spec": asdict(spec), "plan": asdict(plan), "address": address, "folder": folder, "relay": relay}
             trainer = TorchTrainer(
                 _worker,
-                train_loop_config={"spec": asdict(spec), "num_steps": num_steps, "folder": folder, "relay": relay},
+                train_loop_config=what,
                 torch_config=TorchConfig(backend="gloo"),
-                scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": num_cpus}),
+                scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": spec.num_threads}),
                 run_config=RunConfig(storage_path=folder),
             )
-            found: dict[str, Any] = trainer.fit().return_value
+            trainer.fit()
         finally:
             ray.shutdown()
-    return found
 
 
-def _worker(payload: dict[str, Any]) -> dict[str, Any]:
-    relay = payload["relay"]
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return _train(
-        Spec(**payload["spec"]),
-        payload["num_steps"],
+def _worker(payload: dict[str, Any]) -> None:
+    relay, spec = payload["relay"], Spec(**payload["spec"])
+    torch.set_num_threads(spec.num_threads)
+    _train(
+        spec,
+        Turns(payload["address"], Plan(**payload["plan"])),
         payload["folder"],
         ask=lambda: ray.get(relay.take_wish.remote(1)),
         push=partial(relay.push.remote, 1),
@@ -69,26 +68,38 @@ def _worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(
-    spec: Spec, num_steps: int, folder: str, *, ask: Callable[[], Wish], push: Callable[[StepRecord], object]
-) -> dict[str, Any]:
+    spec: Spec, turns: Turns, folder: str, *, ask: Callable[[], Wish], push: Callable[[StepRecord], object]
+) -> None:
+    one, plan = batch_of(spec.batch_size), turns.plan
+    num_steps = LOG_EVERY_STEPS + plan.num_turns * plan.num_steps + 1
     config = our_config(spec)
     config = replace(
         config,
-        optim=replace(config.optim, num_steps=num_steps + 1),
+        optim=replace(config.optim, num_steps=num_steps),
         log=replace(config.log, every_steps=LOG_EVERY_STEPS),
-        checkpoint=replace(config.checkpoint, every_steps=num_steps + 1),  # the last step's, which is not timed
+        checkpoint=replace(config.checkpoint, every_steps=num_steps),  # the last step's, which is in no turn
     )
-    records: list[StepRecord] = []
-    cpu_s: list[float] = []
+    losses: list[float] = []
+    peak = 0
+
+    def batches() -> Iterator[Batch]:
+        # A step is over, with all that comes between two, when the next one's batch is asked for.
+        nonlocal peak
+        given = (replace(one, step=step) for step in range(num_steps))
+        yield from islice(given, LOG_EVERY_STEPS)
+        for _ in range(plan.num_turns):
+            with turns.turn():
+                yield from islice(given, plan.num_steps)
+        peak = peak_bytes()
+        yield from given
 
     def take(record: StepRecord) -> None:
         push(record)
-        records.append(record)
-        cpu_s.append(time.process_time())
+        losses.append(record["loss"])
 
     train(
         config,
-        repeated(batch_of(spec.batch_size), num_steps + 1),
+        batches(),
         run=Store(Path(folder, "run").as_uri()),
         num_samples=10**6,
         attempt=1,
@@ -96,9 +107,4 @@ def _train(
         resume_from=None,
         hooks=Hooks(ask=ask, on_metrics=take),
     )
-    ends = [record["time"] for record in records]
-    seconds = [end - begin for begin, end in pairwise(ends)]
-    # Records come LOG_EVERY_STEPS at a time, so that only their ends are known.
-    warm = LOG_EVERY_STEPS - 1
-    cpu_seconds = [(cpu_s[-1] - cpu_s[warm]) / (len(cpu_s) - 1 - warm)]
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes(), "loss": records[0]["loss"]}
+    turns.tell({"peak_bytes": peak, "loss": losses[0]})

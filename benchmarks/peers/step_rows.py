@@ -1,23 +1,18 @@
-"""The rows of the step benchmark: what runs, in which turn, and what is said about each."""
+"""The rows of the step benchmark: what runs, beside what, and what is said about each."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.report import say
-from benchmarks.peers.step_models import Spec
+from benchmarks.peers.step_models import Spec, why_not
+from benchmarks.peers.step_turns import Contender, Plan, RowError
 
-TIMEOUT_S = 600.0
 PEERS = {"transformers": "transformers", "lightly": "lightly", "timm blocks": "timm"}
 OURS, COMPILED, LIMIT = "tarmac", "tarmac, compiled", "limit: matrix products"
 CROSS, WITH_MASKS, SHALLOW = "tarmac, cross decoder", "tarmac, mask tokens in encoder", "tarmac, decoder depth 1"
@@ -34,129 +29,112 @@ class Size:
     batch_size: int = 16
     large_batch_size: int = 8
     loop_batch_size: int = 4
-    num_rounds: dict[str, int] = field(default_factory=lambda: {"base": 2, "large": 2, "loop": 3})
-    num_steps: int = 1
-    """Timed in each round, after one that warms up."""
-    num_loop_steps: int = 8
+    step: Plan = Plan(num_turns=5, num_steps=1)
+    slow_step: Plan = Plan(num_turns=3, num_steps=1)
+    loop: Plan = Plan(num_turns=12, num_steps=2)
+    spared_loop: Plan = Plan(num_turns=6, num_steps=2)
 
 
-QUICK = Size(
-    base="tiny",
-    large="tiny",
-    batch_size=2,
-    large_batch_size=2,
-    loop_batch_size=2,
-    num_rounds={"base": 1, "large": 1, "loop": 1},
-    num_steps=1,
-    num_loop_steps=4,
-)
+QUICK = Size("tiny", "tiny", 2, 2, 2, step=Plan(1, 1), slow_step=Plan(1, 1), loop=Plan(2, 2), spared_loop=Plan(1, 2))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that take turns with each other."""
+    """Rows that take turns with each other; their models must fit into memory together."""
 
     name: str
-    """base, large or loop."""
     specs: list[Spec]
-    num_rounds: int
-    num_steps: int
+    """The first is what the others are compared with."""
+    plan: Plan
+    count: bool = True
+    """Operations and memory."""
 
 
 def tables(size: Size) -> list[Table]:
     """Everything that is measured."""
-    base, large = contenders(size.base, size.batch_size), contenders(size.large, size.large_batch_size)
-    ours = Spec(OURS, "variant", "ours", size.base, batch_size=size.batch_size)
-    base += [replace(ours, name=CROSS, precision=precision, model=CROSS_MODEL) for precision in ("fp32", "bf16")]
-    ours = replace(ours, size=size.large, batch_size=size.large_batch_size)
-    large.append(replace(ours, name=WITH_MASKS, model={"masking_in_encoder": True}))
-    large.append(replace(ours, name=SHALLOW, model={"decoder_depth": 1}))
-    bare = Spec(BARE, "variant", "bare", size.base, batch_size=size.loop_batch_size)
-    loop = [bare, replace(bare, name=OURS, builder="ours")]
-    loop += [replace(bare, name=LOOP, builder="loop"), replace(bare, name=UNDER_RAY, builder="ray")]
-    return [
-        Table("base", base, size.num_rounds["base"], size.num_steps),
-        Table("large", large, size.num_rounds["large"], size.num_steps),
-        Table("loop", loop, size.num_rounds["loop"], size.num_loop_steps),
-    ]
-
-
-def contenders(size: str, batch_size: int) -> list[Spec]:
-    """Ours, the peers and the limit in both precisions."""
-    specs = []
+    base = Spec(OURS, "ours", "ours", size.base, batch_size=size.batch_size)
+    large = replace(base, size=size.large, batch_size=size.large_batch_size)
+    found = []
     for precision in ("fp32", "bf16"):
-        ours = Spec(OURS, "ours", "ours", size, precision, batch_size=batch_size)
-        specs += [ours, replace(ours, name=COMPILED, compiled=True)]
-        specs += [replace(ours, name=name, kind="peer", builder=builder) for name, builder in PEERS.items()]
-        specs.append(replace(ours, name=LIMIT, kind="limit", builder="matmuls"))
-    return specs
-
-
-def measure(table: Table, only: str, log: Path) -> list[dict[str, Any]]:
-    """A row a spec: medians over rounds in turn, or the reason why there are none.
-
-    Args:
-        table: what to run.
-        only: rows whose names have this in them.
-        log: gets what the processes say.
-    """
-    specs = [spec for spec in table.specs if only in spec.name]
-    rounds: list[list[dict[str, Any]]] = [[] for _ in specs]
-    reasons: dict[int, str] = {}
-    for number in range(table.num_rounds):
-        for index, spec in enumerate(specs):
-            if index not in reasons:
-                say(f"{table.name}, round {number + 1} of {table.num_rounds}: {spec.name}, {spec.precision}")
-                try:
-                    rounds[index].append(run(spec, table.num_steps, number == 0, log))
-                except RowError as error:
-                    reasons[index] = str(error)
-    return [row(table.name, spec, rounds[index], reasons.get(index)) for index, spec in enumerate(specs)]
-
-
-class RowError(Exception):
-    """A row does not run, and why."""
-
-
-def run(spec: Spec, num_steps: int, count: bool, log: Path) -> dict[str, Any]:
-    """One round of one row, in a process of its own.
-
-    Raises:
-        RowError: the process failed or did not end.
-    """
-    arguments = [json.dumps(asdict(spec)), str(num_steps), str(int(count))]
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.step_runner", *arguments]
-    with log.open("a") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
-        try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise RowError(f"no end within {TIMEOUT_S:.0f} s") from None
-        finally:
-            with suppress(ProcessLookupError):  # Ray's own processes may be left
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode != 0:
-        raise RowError(_last_line(log) or f"exit code {process.returncode}")
-    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+        for name, model in (("base", base), ("large", large)):
+            ours = replace(model, precision=precision)
+            for peer, builder in PEERS.items():
+                found.append(
+                    Table(f"{name}: {peer}", [ours, replace(ours, name=peer, kind="peer", builder=builder)], size.step)
+                )
+            limit = replace(ours, name=LIMIT, kind="limit", builder="matmuls")
+            found.append(Table(f"{name}: limit", [ours, replace(ours, name=COMPILED, compiled=True), limit], size.step))
+        ours = replace(base, precision=precision)
+        cross = replace(ours, name=CROSS, kind="variant", model=CROSS_MODEL)
+        found.append(Table("base: decoder", [ours, cross], size.step))
+    masks = replace(large, name=WITH_MASKS, kind="variant", model={"masking_in_encoder": True})
+    shallow = replace(large, name=SHALLOW, kind="variant", model={"decoder_depth": 1})
+    found.append(Table("large: encoder", [masks, large], size.slow_step))
+    found.append(Table("large: decoder depth 1", [masks, shallow], size.slow_step))
+    bare = replace(base, name=BARE, kind="variant", builder="bare", batch_size=size.loop_batch_size)
+    around = [replace(bare, name=OURS, builder="ours"), replace(bare, name=LOOP, builder="loop")]
+    loop = [bare, *around, replace(bare, name=UNDER_RAY, builder="ray")]
+    found.append(Table("loop", loop, size.loop, count=False))
+    spared = [replace(spec, spare_cpus=1) for spec in loop]
+    found.append(Table("loop, a CPU spared", spared, size.spared_loop, count=False))
     return found
 
 
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+def measure(table: Table, log: Path) -> list[dict[str, Any]]:
+    """A row a spec.
+
+    Args:
+        table: what to run.
+        log: gets what the processes say.
+    """
+    reasons = {index: reason for index, spec in enumerate(table.specs) if (reason := why_not(spec))}
+    turns: list[list[dict[str, float]]] = [[] for _ in table.specs]
+    ends: list[dict[str, Any]] = [{} for _ in table.specs]
+    with ExitStack() as running:
+        contenders = [running.enter_context(Contender(spec, table.plan, table.count, log)) for spec in table.specs]
+
+        def run(index: int, *, first: bool) -> None:
+            contender = contenders[index]
+            try:
+                if first:
+                    contender.start()
+                else:
+                    turns[index].append(contender.turn())
+                    ends[index] = contender.said
+            except RowError as error:
+                reasons[index] = str(error)
+                contender.end()
+
+        for number in range(table.plan.num_turns + 1):
+            for index, spec in enumerate(table.specs):
+                if index not in reasons:
+                    what = f"turn {number} of {table.plan.num_turns}" if number else "warming up"
+                    say(f"{table.name} {spec.precision}, {what}: {spec.name}")
+                    run(index, first=number == 0)
+    return [row(table, index, turns, ends[index]) | {"not_measured": reasons.get(index)} for index in range(len(turns))]
 
 
-def row(table: str, spec: Spec, rounds: Sequence[dict[str, Any]], reason: str | None) -> dict[str, Any]:
-    """What the table and the JSON file say about a spec."""
-    speeds, cpu_speeds = (
-        [] if reason else [spec.batch_size / statistics.median(found[key]) for found in rounds]
+def row(table: Table, index: int, turns: Sequence[list[dict[str, float]]], end: dict[str, Any]) -> dict[str, Any]:
+    """What the table and the JSON file say about a spec.
+
+    Args:
+        table: of which it is a row.
+        index: its place in there.
+        turns: of each row, what its turns took.
+        end: what its process said in the end; nothing if it failed.
+    """
+    spec = table.specs[index]
+    images = spec.batch_size * table.plan.num_steps
+    ran = turns[index] if end else []
+    speeds = [images / turn["seconds"] for turn in ran]
+    # Each turn against the first row's of the same round: what the machine does changes more slowly than that.
+    against, cpu_against = (
+        [first[key] / turn[key] for first, turn in zip(turns[0], ran, strict=False)]
         for key in ("seconds", "cpu_seconds")
     )
-    first = {} if reason else rounds[0]
-    speed, flops = statistics.median(speeds) if speeds else None, first.get("flops_per_image")
+    speed, flops = _median(speeds), end.get("flops_per_image")
     return {
-        "table": table,
+        "table": table.name,
         "name": spec.name,
         "kind": spec.kind,
         "size": spec.size,
@@ -165,11 +143,18 @@ def row(table: str, spec: Spec, rounds: Sequence[dict[str, Any]], reason: str | 
         "images_per_s": speed,
         "lowest_images_per_s": min(speeds, default=None),
         "highest_images_per_s": max(speeds, default=None),
-        "images_per_cpu_s": statistics.median(cpu_speeds) if cpu_speeds else None,
-        "peak_bytes": max((found["peak_bytes"] for found in rounds if "peak_bytes" in found), default=None),
+        "images_per_cpu_s": _median([images / turn["cpu_seconds"] for turn in ran]),
+        "x_first": _median(against),
+        "lowest_x_first": min(against, default=None),
+        "highest_x_first": max(against, default=None),
+        "cpu_x_first": _median(cpu_against),
+        "peak_bytes": end.get("peak_bytes"),
         "flops_per_image": flops,
         "flops_per_s": speed * flops if speed and flops else None,
-        "saved_bytes": first.get("saved_bytes"),
-        "first_loss": first.get("loss"),
-        "not_measured": reason,
+        "saved_bytes": end.get("saved_bytes"),
+        "first_loss": end.get("loss"),
     }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None

@@ -1,17 +1,16 @@
-"""One row of the step benchmark in a process of its own: `python -m benchmarks.peers.step_runner SPEC NUM_STEPS COUNT`.
+"""One row of the step benchmark in a process of its own.
 
-The last line that it prints is what was measured, as JSON; COUNT is 1 where operations and memory are counted as well.
+    python -m benchmarks.peers.step_runner SPEC PLAN COUNT ADDRESS
+
+It takes the turns that it is given at ADDRESS; COUNT is 1 where operations and memory are counted in the end.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.peers import step_counts
 from benchmarks.peers.step_models import Spec, batch_of, images_of, noise_of, our_config
 from benchmarks.peers.step_peers import build_peer
-from pipeline.loader import Batch
+from benchmarks.peers.step_turns import Plan, Turns
 from trainer import parallel
 from trainer.mae import build_mae, normalize
 from trainer.step_numbers import StepNumbers
@@ -30,17 +29,31 @@ LR = 1e-4
 
 
 def main() -> None:
-    """Print what was measured as JSON."""
-    spec, num_steps, count = Spec(**json.loads(sys.argv[1])), int(sys.argv[2]), sys.argv[3] == "1"
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if spec.precision == "bf16" and spec.size != "tiny" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        sys.exit("this CPU has no instructions for bf16 (avx512 or amx), and takes minutes a step without them")
-    measure = {"matmuls": step_counts.time_matmuls, "ours": time_ours, "bare": time_bare}
-    measure |= {"loop": time_loop, "ray": time_under_ray}
-    print(json.dumps(measure.get(spec.builder, time_peer)(spec, num_steps, count)))
+    """Take all turns."""
+    spec, plan, count = Spec(**json.loads(sys.argv[1])), Plan(**json.loads(sys.argv[2])), sys.argv[3] == "1"
+    torch.set_num_threads(spec.num_threads)
+    turns = Turns(sys.argv[4], plan) if spec.builder != "ray" else None
+    if turns is None:
+        from benchmarks.peers.step_ray import run_under_ray
+
+        run_under_ray(spec, plan, sys.argv[4])
+    elif spec.builder == "loop":
+        from benchmarks.peers.step_ray import run_alone
+
+        run_alone(spec, turns)
+    else:
+        run = {"matmuls": run_matmuls, "ours": run_ours, "bare": run_bare}.get(spec.builder, run_peer)
+        run(spec, turns, count)
 
 
-def time_ours(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
+def run_matmuls(spec: Spec, turns: Turns, count: bool) -> None:
+    """The limit: our step's matrix products and nothing else."""
+    one_step, flops = step_counts.matmuls(spec)
+    turns.take(one_step)
+    turns.tell({"flops_per_image": flops / spec.batch_size})
+
+
+def run_ours(spec: Spec, turns: Turns, count: bool) -> None:
     """Steps as a run of one rank takes them, on a batch from memory."""
     config = our_config(spec)
     one = batch_of(spec.batch_size)
@@ -53,32 +66,31 @@ def time_ours(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
             update(config, trainee, iter([replace(one, step=step)]), numbers, step=step, lr=LR)
             step += 1
 
-        found = time_steps(one_step, num_steps) | {"loss": numbers.read()[0].record["loss"]}
+        turns.take(one_step)
+        found = {"peak_bytes": step_counts.peak_bytes(), "loss": numbers.read()[0].record["loss"]}
         if count:
             images = normalize(one.images, config.data.augment.mean, config.data.augment.std)
             found |= step_counts.counts(
                 lambda: trainee.model(images, one.kept_ids, one.masked_ids).sum(), trainee.model, spec.batch_size
             )
-    return found
+        turns.tell(found)
 
 
-def time_peer(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
+def run_peer(spec: Spec, turns: Turns, count: bool) -> None:
     """Steps of a peer's model with the optimizer that ours has, bf16 by autocast."""
     model, images, noise = build_peer(spec), images_of(spec.batch_size), noise_of(spec.batch_size)
-    losses: list[float] = []
 
     def forward() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
             loss: Tensor = model(images, noise)
         return loss
 
-    found = time_steps(_plain_step(model, forward, losses), num_steps) | {"loss": losses[0]}
-    return found | (step_counts.counts(forward, model, spec.batch_size) if count else {})
+    _run_plainly(model, forward, spec, turns, count)
 
 
-def time_bare(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
+def run_bare(spec: Spec, turns: Turns, count: bool) -> None:
     """Steps of our model with nothing around it, not even the gradient's norm."""
-    config, one, losses = our_config(spec), batch_of(spec.batch_size), list[float]()
+    config, one = our_config(spec), batch_of(spec.batch_size)
     model, augment = build_mae(config), config.data.augment
 
     def forward() -> Tensor:
@@ -86,21 +98,14 @@ def time_bare(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
         loss: Tensor = model(images, one.kept_ids, one.masked_ids).mean()
         return loss
 
-    return time_steps(_plain_step(model, forward, losses), num_steps) | {"loss": losses[0]}
+    _run_plainly(model, forward, spec, turns, count)
 
 
-def time_loop(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
-    """The same steps as `trainer.loop.train` takes them, records, events and saves included."""
-    from benchmarks.peers.step_ray import train_alone
-
-    return train_alone(spec, num_steps)
-
-
-def time_under_ray(spec: Spec, num_steps: int, count: bool) -> dict[str, Any]:
-    """The same in a Ray Train worker."""
-    from benchmarks.peers.step_ray import train_under_ray
-
-    return train_under_ray(spec, num_steps)
+def _run_plainly(model: nn.Module, forward: Callable[[], Tensor], spec: Spec, turns: Turns, count: bool) -> None:
+    losses: list[float] = []
+    turns.take(_plain_step(model, forward, losses))
+    found = {"peak_bytes": step_counts.peak_bytes(), "loss": losses[0]}
+    turns.tell(found | (step_counts.counts(forward, model, spec.batch_size) if count else {}))
 
 
 def _plain_step(model: nn.Module, forward: Callable[[], Tensor], losses: list[float]) -> Callable[[], None]:
@@ -115,23 +120,6 @@ def _plain_step(model: nn.Module, forward: Callable[[], Tensor], losses: list[fl
         losses.append(loss.item())
 
     return one_step
-
-
-def time_steps(one_step: Callable[[], None], num_steps: int) -> dict[str, Any]:
-    """Seconds of each step after one that warms up, its CPU seconds, and the largest resident memory by then."""
-    one_step()
-    return step_counts.timed(one_step, num_steps) | {"peak_bytes": peak_bytes()}
-
-
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
-def repeated(one: Batch, num_steps: int) -> Iterator[Batch]:
-    """A batch again and again."""
-    return (replace(one, step=step) for step in range(num_steps))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from typing import Any
 import ray
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.config import LoggingConfig
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -90,7 +91,7 @@ def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local
         scratch: a folder for what Ray Train writes.
     """
     gpu = job.gpus_per_worker > 0
-    return TorchTrainer(
+    return _Trainer(
         train_worker,
         train_loop_config={"job": to_dict(job), **payload},
         torch_config=torch_config(gpu=gpu, local=local),
@@ -102,6 +103,13 @@ def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local
             callbacks=[_Place(payload["relay"], payload["attempt"], num_workers)],
         ),
     )
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Without Ray Data, for which each attempt would start a process of its own: batches come from our loader."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
 
 class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]

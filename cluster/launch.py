@@ -26,6 +26,8 @@ _RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # A dead node may be known as such only after a while: then the driver looks for another place.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    # The driver sees drained nodes itself, and sooner; Ray Train's watcher would be one process more in each attempt.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }

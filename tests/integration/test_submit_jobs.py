@@ -13,6 +13,7 @@ import pytest
 import requests
 
 from cluster.cli import main
+from cluster.run_state import read_state
 from cluster.stop_request import stop_wanted
 from pipeline.store import Store
 from tests.ray_head import CANARIES, RayHead
@@ -163,7 +164,8 @@ def test_a_killed_driver_is_submitted_again_and_a_stop_is_not(head, dataset, tmp
         lambda: len([event for event in read_events(run) if event["event"] == "start"]) > starts or starts > 1
     )
     waiting.until(lambda: last_step(run) >= 20)
-    assert main(["stop", str(url)]) == 0
+    assert main(["stop", str(url), "--wait"]) == 0
+    assert read_state(run).state == "stopped"
     code, text = waiting.finish()
     assert code == 75, text
     assert text.count("goes on as") == 1
@@ -175,6 +177,16 @@ def test_a_killed_driver_is_submitted_again_and_a_stop_is_not(head, dataset, tmp
     assert resumed % 7 == 0
     assert stop_wanted(run)
     assert "was told to stop" in tarmac(head, [*submit, "--if-lost"])
+
+    stopped_at, job = last_step(run), json.loads(tarmac(head, [*submit, "--json"]))["job"]
+    deadline = time.monotonic() + 120
+    while last_step(run) == stopped_at:
+        assert time.monotonic() < deadline, tarmac(head, ["logs", str(url), "--address", head.address])
+        time.sleep(0.2)
+    tarmac(head, ["stop", str(url), "--now", "--wait", "--address", head.address])
+    state = json.loads(tarmac(head, ["status", str(url), "--address", head.address, "--json"]))
+    assert (state["job"], state["job_status"]) == (job, "STOPPED")
+    assert state["state"] in ("stopped", "lost")  # whether it had the time to save
 
 
 def test_a_failure_that_would_come_again_is_not_submitted_again(head, dataset, tmp_path):

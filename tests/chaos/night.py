@@ -27,6 +27,8 @@ NOTICE_S = 30.0
 NUM_STEPS = 10**6
 POLL_S = 1.0
 NIGHT = Row("night", "a bad night", lambda scene: None)
+# Each worker has the whole model, as with the DDP of Ray's guides: at this size sharding costs time and saves nothing.
+WHOLE = ("--parallel.shard-size", "1")
 Steps = list[tuple[int, float]]
 """Number and end of every step."""
 
@@ -63,7 +65,7 @@ def bad_night(stage: Stage, minutes: float) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def ours(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
     """`tarmac pretrain`; stopped in the morning, it has to end in order and to have every sample once."""
-    night = replace(stage, job=replace(stage.job, num_steps=NUM_STEPS))
+    night = replace(stage, job=replace(stage.job, num_steps=NUM_STEPS, more=WHOLE))
     with contextlib.closing(night), night.scene(NIGHT) as scene:
 
         def steps() -> Steps:

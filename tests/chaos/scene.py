@@ -43,11 +43,25 @@ class Job:
     num_steps: int
     cadence: int
     """Steps between checkpoints."""
+    more: tuple[str, ...] = ()
+    """Further options of the recipe."""
 
     def words(self, run: str, num_workers: str) -> list[str]:
         """The command line after `tarmac`."""
         steps = ("--optim.num-steps", str(self.num_steps), "--checkpoint.every-steps", str(self.cadence))
-        return ["pretrain", "demo", *RECIPE, *steps, "--data", self.dataset, "--run", run, "--num-workers", num_workers]
+        return [
+            "pretrain",
+            "demo",
+            *RECIPE,
+            *steps,
+            *self.more,
+            "--data",
+            self.dataset,
+            "--run",
+            run,
+            "--num-workers",
+            num_workers,
+        ]
 
 
 class Driver:

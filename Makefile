@@ -76,7 +76,7 @@ bench: setup $(VENV)/peers.stamp ## every benchmark here; results go to build/be
 bench-pipeline: setup $(VENV)/peers.stamp ## the loader against seven others and the limit; SOURCE=/path uses your photographs
 	@$(BIN)/python -m benchmarks.pipeline $(if $(SOURCE),--source "$(SOURCE)")
 
-bench-step: setup $(VENV)/peers.stamp ## the training step against three others and the limit of matrix products; 30 minutes
+bench-step: setup $(VENV)/peers.stamp ## the training step against three others and the limit of matrix products; 40 minutes
 	@$(BIN)/python -m benchmarks.step
 
 verify-resume: setup ## two runs, one killed twice: are the final weights the same bits?

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
+from cluster.host_memory import keep_freed
 from cluster.log_setup import without_secrets
 from cluster.process_group import torch_config
 from cluster.relay import this_worker
@@ -98,6 +99,7 @@ def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpu, resources_per_worker=worker_resources(job)),
         run_config=RunConfig(
             storage_path=scratch,
+            worker_runtime_env={} if gpu else {"env_vars": keep_freed()},
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[_Place(payload["relay"], payload["attempt"], num_workers)],

@@ -42,6 +42,11 @@ class Spec:
     """CPUs of this machine that it leaves alone."""
 
     @property
+    def as_worker(self) -> bool:
+        """Whether its process is set up as the worker of a run is."""
+        return self.builder in ("ours", "loop")
+
+    @property
     def num_threads(self) -> int:
         """Threads that compute."""
         return max(1, len(os.sched_getaffinity(0)) - self.spare_cpus)

@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from benchmarks.peers.step_counts import peak_bytes
 from benchmarks.peers.step_models import Spec, batch_of, our_config
 from benchmarks.peers.step_turns import Plan, Turns
+from cluster.host_memory import keep_freed
 from cluster.relay import start_relay
 from pipeline.loader import Batch
 from pipeline.store import Store
@@ -48,7 +49,7 @@ def run_under_ray(spec: Spec, plan: Plan, address: str) -> None:
                 train_loop_config=what,
                 torch_config=TorchConfig(backend="gloo"),
                 scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": spec.num_threads}),
-                run_config=RunConfig(storage_path=folder),
+                run_config=RunConfig(storage_path=folder, worker_runtime_env={"env_vars": keep_freed()}),
             )
             trainer.fit()
         finally:

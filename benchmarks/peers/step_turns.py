@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from benchmarks.peers.step_models import Spec
+from cluster.host_memory import keep_freed
 
 _TIMEOUT_S = 600.0
 _POLL_S = 1.0
@@ -120,7 +121,8 @@ class Contender:
         arguments = [json.dumps(asdict(self._spec)), json.dumps(asdict(self._plan)), str(int(self._count)), address]
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers.step_runner", *arguments]
         errors = self._ends.enter_context(self._log.open("a"))
-        self._process = subprocess.Popen(command, stdout=errors, stderr=errors, start_new_session=True)
+        environment = os.environ | (keep_freed() if self._spec.as_worker else {})
+        self._process = subprocess.Popen(command, stdout=errors, stderr=errors, env=environment, start_new_session=True)
         self.pid = self._process.pid
         self._ends.callback(self._kill)
         connection = self._ends.enter_context(self._accept(server))

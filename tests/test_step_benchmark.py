@@ -82,8 +82,9 @@ def row(table: str, name: str, kind: str, precision: str, x_first: float | None,
 
 def test_goals_compare_rows_of_one_table_and_precision() -> None:
     rows = [
-        row("base: fast", OURS, "ours", "fp32", 1.0, peak_bytes=80),
+        row("base: fast", OURS, "ours", "fp32", 1.0, peak_bytes=90),
         row("base: fast", "fast", "peer", "fp32", 0.8, peak_bytes=100),
+        row("base: small", OURS, "ours", "fp32", 1.0, peak_bytes=80),
         row("base: small", "small", "peer", "fp32", 0.5, peak_bytes=64),
         row("base: broken", "broken", "peer", "fp32", None),
         row("base: limit", OURS, "ours", "fp32", 1.0, flops_per_image=90.0),

@@ -22,10 +22,10 @@ def peer_goals(rows: Rows) -> Iterator[Goal]:
     for size, title in TITLES.items():
         for precision in OF_LIMIT:
             of_size = [row for row in rows if row["table"].startswith(f"{size}: ") and row["precision"] == precision]
-            ours = next((row for row in of_size if row["name"] == OURS), {})
             peers = [row for row in of_size if row["kind"] == "peer" and row["x_first"]]
             fastest = max(peers, key=lambda row: row["x_first"], default={"name": "no peer ran"})
             smallest = min(peers, key=lambda row: row["peak_bytes"], default={"name": "no peer ran"})
+            ours = find(rows, smallest.get("table", ""), OURS, precision)
             what = f"{title} {precision}"
             memory = ratio(ours.get("peak_bytes"), smallest.get("peak_bytes"))
             yield Goal(f"{what}: x the fastest peer ({fastest['name']})", 1.0, ratio(1.0, fastest.get("x_first")))

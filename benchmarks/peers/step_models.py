@@ -44,7 +44,7 @@ class Spec:
     @property
     def as_worker(self) -> bool:
         """Whether its process is set up as the worker of a run is."""
-        return self.builder in ("ours", "loop")
+        return self.builder in ("ours", "bare", "loop")
 
     @property
     def num_threads(self) -> int:

@@ -49,19 +49,8 @@ class Job:
     def words(self, run: str, num_workers: str) -> list[str]:
         """The command line after `tarmac`."""
         steps = ("--optim.num-steps", str(self.num_steps), "--checkpoint.every-steps", str(self.cadence))
-        return [
-            "pretrain",
-            "demo",
-            *RECIPE,
-            *steps,
-            *self.more,
-            "--data",
-            self.dataset,
-            "--run",
-            run,
-            "--num-workers",
-            num_workers,
-        ]
+        where = ("--data", self.dataset, "--run", run, "--num-workers", num_workers)
+        return ["pretrain", "demo", *RECIPE, *steps, *self.more, *where]
 
 
 class Driver:

@@ -31,6 +31,8 @@ class JobConfig:
     """A worker that gives no sign of life for this long is killed, and the run restarted."""
     stall_timeout_s: float = execution(600.0)
     """Workers that complete no step for this long are killed, and the run restarted; starting and loading count."""
+    standby: bool = execution(True)
+    """The next attempt's processes wait beside this one's, with their imports behind them and memory for them."""
 
     def __post_init__(self) -> None:
         require(bool(self.data), "data must be the URL of a dataset")

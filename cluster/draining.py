@@ -10,8 +10,8 @@ import logging
 from typing import Any
 
 import ray
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
-from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.exceptions import RayError
 
 logger = logging.getLogger(__name__)

@@ -182,8 +182,9 @@ class Driver:
                 self._tell("stopping", signal=self._stops.asked_by)
                 watch.stop("stop")
             watch.look(news)
+            self._fits.started(self._number, news.workers)
             if watch.aim is None and watch.training_s > _PREPARE_AFTER_S:
-                self._fits.prepare(self._number + 1, fit.num_workers)
+                self._fits.prepare(self._number, fit.num_workers, news.environment, self._nodes.staying())
 
     def _outcome(self, fit: Fit, watch: Watch, news: News) -> _Outcome:
         if fit.reason is StopReason.FINISHED:

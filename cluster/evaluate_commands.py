@@ -54,6 +54,8 @@ class EvaluateOptions:
     """1 trains on CUDA with nccl, 0 on CPUs with gloo."""
     max_attempts_without_progress: int = 3
     """Restarts in a row that committed nothing, after which the run stops as a crash loop."""
+    standby: bool = True
+    """Have the next attempt's processes wait beside this one's: faster restarts, for memory on every node."""
     json: bool = False
     """Print the result as JSON; progress goes to stderr."""
     train: Annotated[EvaluateConfig, tyro.conf.arg(name="")]
@@ -164,6 +166,7 @@ def _job(options: EvaluateOptions, config: EvaluateConfig, source: SourceConfig,
         cpus_per_worker=options.cpus_per_worker,
         gpus_per_worker=options.gpus_per_worker,
         max_attempts_without_progress=options.max_attempts_without_progress,
+        standby=options.standby,
     )
 
 

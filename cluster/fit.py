@@ -23,7 +23,8 @@ from cluster.config import JobConfig
 from cluster.host_memory import keep_freed
 from cluster.log_setup import without_secrets
 from cluster.process_group import torch_config
-from cluster.relay import this_worker
+from cluster.relay import Worker, this_environment, this_worker
+from cluster.standby import Standby, imports_first
 from cluster.worker import train_worker
 from trainer.config import to_dict
 from trainer.loop import StopReason
@@ -31,7 +32,7 @@ from trainer.loop import StopReason
 logger = logging.getLogger(__name__)
 
 _TURN_POLL_S = 0.1
-_CLOSE_S = 15.0
+_CLOSE_S = 60.0
 _ANSWER_S = 60.0
 
 
@@ -99,7 +100,7 @@ def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpu, resources_per_worker=worker_resources(job)),
         run_config=RunConfig(
             storage_path=scratch,
-            worker_runtime_env={} if gpu else {"env_vars": keep_freed()},
+            worker_runtime_env={"env_vars": imports_first(gpu=gpu) | ({} if gpu else keep_freed())},
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[_Place(payload["relay"], payload["attempt"], num_workers)],
@@ -128,7 +129,7 @@ class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
     def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> None:
         while True:
-            attempt, wanted = ray.get(self._relay.begun.remote())
+            attempt, wanted = ray.get(self._relay.begun.remote(self._attempt))
             if attempt == self._attempt and wanted == self._num_workers:
                 return
             if attempt >= self._attempt:
@@ -136,8 +137,9 @@ class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
             time.sleep(_TURN_POLL_S)
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        found = ray.get([worker.execute_async(this_worker) for worker in workers], timeout=_ANSWER_S)
-        ray.get(self._relay.note_workers.remote(self._attempt, found))
+        calls = [worker.execute_async(this_worker) for worker in workers]
+        *found, environment = ray.get([*calls, workers[0].execute_async(this_environment)], timeout=_ANSWER_S)
+        ray.get(self._relay.note_workers.remote(self._attempt, found, environment))
         return {}
 
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
@@ -149,10 +151,10 @@ class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
 
 class Fits:
-    """The fit of the attempt that runs, and one that waits for the next.
+    """The fit of the attempt that runs, and one that waits for the next, with processes for its workers.
 
-    A fit begins with a process of Ray Train's that imports PyTorch, before any worker is started: seconds, which the
-    next attempt need not wait for.
+    A fit begins with a process of Ray Train's that imports PyTorch, and the workers' processes do it again: on few CPUs
+    most of a restart, which the next attempt need not wait for.
 
     Args:
         job: what to train.
@@ -164,6 +166,7 @@ class Fits:
     def __init__(self, job: JobConfig, relay: Any, lease: int, *, local: bool) -> None:
         self._job, self._relay, self._lease, self._local = job, relay, lease, local
         self._next: Fit | None = None
+        self._standby, self._used_by = Standby(worker_resources(job)), 0
 
     def begin(self, attempt: int, num_workers: int) -> Fit:
         """Start the workers of an attempt."""
@@ -173,10 +176,28 @@ class Fits:
             return ready
         return self._start(attempt, num_workers)
 
-    def prepare(self, attempt: int, num_workers: int) -> None:
-        """Have a fit wait for the attempt after this one, which will probably have as many workers."""
+    def started(self, attempt: int, workers: list[Worker]) -> None:
+        """The workers of an attempt, once they are known, may be in processes that waited for them."""
+        if workers and self._used_by != attempt:
+            self._used_by = attempt
+            self._standby.take(worker.node for worker in workers)
+
+    def prepare(self, attempt: int, num_workers: int, environment: str, nodes: list[dict[str, Any]]) -> None:
+        """Have a fit and processes wait for the attempt after this one, which will probably have as many workers.
+
+        Args:
+            attempt: this one's number.
+            num_workers: of this one.
+            environment: of its workers, as Ray passes it on.
+            nodes: which the next one may be on, from `ray.nodes()`.
+        """
+        if not self._job.standby:
+            return
         if self._next is None or not self._next.is_alive():
-            self._next = self._start(attempt, num_workers)
+            self._next = self._start(attempt + 1, num_workers)
+        # Not earlier: a fit is closed at once only when its process has started, which all the others would delay.
+        elif ray.get(self._relay.is_ready.remote(attempt + 1)):
+            self._standby.fill(nodes, num_workers, environment)
 
     def close(self, attempt: int) -> None:
         """End the one that waits: Ray must not be shut down under it. `attempt` is the last one's number."""

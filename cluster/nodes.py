@@ -69,8 +69,12 @@ class Nodes:
     def amounts(self) -> tuple[dict[str, float], dict[str, float]]:
         """What the fewest workers need, and what the nodes that stay have in all, in use or not."""
         need = {kind: amount * self._job.least_workers for kind, amount in self._need.items()}
-        staying = [node["Resources"] for node in self._nodes if node["Alive"] and node["NodeID"] not in self._avoided()]
-        return need, {kind: sum(float(node.get(kind, 0.0)) for node in staying) for kind in need}
+        have = [node["Resources"] for node in self.staying()]
+        return need, {kind: sum(float(node.get(kind, 0.0)) for node in have) for kind in need}
+
+    def staying(self) -> list[dict[str, Any]]:
+        """The nodes that are up and not about to go, as `ray.nodes()` has them."""
+        return [node for node in self._nodes if node["Alive"] and node["NodeID"] not in self._avoided()]
 
     def _avoided(self) -> Collection[str]:
         return self._gone | set(self.leaving)

@@ -32,6 +32,12 @@ def this_worker() -> Worker:
     return Worker(ray.get_runtime_context().get_node_id(), pid, start_time(pid))
 
 
+def this_environment() -> str:
+    """The runtime environment of the process that runs this, as Ray passes it on."""
+    environment: str = ray.get_runtime_context().get_runtime_env_string()  # type: ignore[no-untyped-call]
+    return environment
+
+
 @dataclass
 class News:
     """What has come in since the driver last asked."""
@@ -42,6 +48,8 @@ class News:
     """From node agents: `node`, `source`, `deadline`."""
     workers: list[Worker] = field(default_factory=list)
     """Of the attempt, by rank, always; none before Ray has started them all."""
+    environment: str = ""
+    """Of these workers: Ray's runtime environment, as Ray passes it on."""
     fatal: str | None = None
     """Of the attempt, always: an error that a restart cannot mend."""
     error: str | None = None
@@ -54,6 +62,7 @@ class Relay:
     def __init__(self) -> None:
         self._news = News()
         self._notices: list[dict[str, Any]] = []
+        self._ready = 0
         self.begin(0, 0)
 
     def begin(self, attempt: int, num_workers: int) -> None:
@@ -61,13 +70,19 @@ class Relay:
         self._attempt, self._num_workers = attempt, num_workers
         self._wish = Wish.GO_ON
         self._workers: list[Worker] = []
+        self._environment = ""
         self._pulses: dict[int, float] = {}
         self._fatal: str | None = None
         self._error: str | None = None
 
-    def begun(self) -> tuple[int, int]:
-        """The attempt whose turn it is, and the number of its workers."""
+    def begun(self, attempt: int) -> tuple[int, int]:
+        """The attempt whose turn it is, and the number of its workers; asked by a controller that waits for its own."""
+        self._ready = max(self._ready, attempt)
         return self._attempt, self._num_workers
+
+    def is_ready(self, attempt: int) -> bool:
+        """Whether the controller of an attempt waits, or has begun."""
+        return self._ready >= attempt
 
     def push(self, attempt: int, record: dict[str, Any]) -> None:
         """Take a step record for the driver."""
@@ -88,10 +103,10 @@ class Relay:
         elif not fatal and self._error is None:
             self._error = error
 
-    def note_workers(self, attempt: int, workers: list[Worker]) -> None:
+    def note_workers(self, attempt: int, workers: list[Worker], environment: str) -> None:
         """Ray has started the workers; by rank."""
         if attempt == self._attempt:
-            self._workers = workers
+            self._workers, self._environment = workers, environment
 
     def note_pulse(self, attempt: int, rank: int) -> None:
         """A worker is alive."""
@@ -111,7 +126,7 @@ class Relay:
             replace(worker, silent_s=now - self._pulses[rank]) if rank in self._pulses else worker
             for rank, worker in enumerate(self._workers)
         ]
-        news.fatal, news.error = self._fatal, self._error
+        news.environment, news.fatal, news.error = self._environment, self._fatal, self._error
         return news
 
     def wish(self, wish: Wish) -> None:

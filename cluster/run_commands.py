@@ -48,6 +48,8 @@ class PretrainOptions:
     """A worker that gives no sign of life for this long is killed, and the run restarted."""
     stall_timeout_s: float = 600.0
     """Workers that complete no step for this long are killed, and the run restarted."""
+    standby: bool = True
+    """Have the next attempt's processes wait beside this one's: faster restarts, for memory on every node."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The recipe, field by field."""
 

@@ -74,8 +74,9 @@ def train(terminal: Terminal, recipe: str, global_batch_size: int) -> tuple[RunW
         "log.flush-s": 1,
     }
     words = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    # A copy of the shards for saving beside training would be 8 GB more.
-    command = ("pretrain", recipe, "--data", DATASET, "--run", RUN, *words, "--checkpoint.no-asynchronous")
+    # A copy of the shards for saving beside training would be 8 GB more, processes that wait 2 GB.
+    words += ["--checkpoint.no-asynchronous", "--no-standby"]
+    command = ("pretrain", recipe, "--data", DATASET, "--run", RUN, *words)
     with terminal.background(*command) as process, terminal.progress("vit-h", NUM_STEPS) as update:
         while process.poll() is None:
             watcher.refresh()

@@ -1,7 +1,7 @@
 """KubeRay's RayJob, `ray.io/v1`, as a strict JSON schema: what the operator's CRD allows, and nothing beside it.
 
 Written from ray-operator/apis/ray/v1/rayjob_types.go and raycluster_types.go of ray-project/kuberay (commits f6ef3f7
-and 3275ee0, v1.4), and from the KubeRay CRD API reference of v1.6.2 on docs.ray.io for `authOptions`. A pod template
+and 3275ee0), and from the KubeRay CRD API reference of v1.6.2 on docs.ray.io for `authOptions`. A pod template
 is any object here: tests check it as a Pod against Kubernetes' own schema.
 """
 

@@ -35,7 +35,7 @@ def test_what_workers_of_an_earlier_attempt_still_say_does_not_count():
     relay.push(1, {"step": 7})
     relay.announce(1, {"event": "save"})
     relay.note_error(1, "late", fatal=True)
-    relay.note_workers(1, [Worker("node", 1, 2)])
+    relay.note_workers(1, [Worker("node", 1, 2)], "{}")
     relay.note_pulse(1, 0)
     news = relay.take()
     assert (news.records, news.events, news.workers, news.fatal) == ([], [], [], None)
@@ -56,8 +56,10 @@ def test_a_save_is_asked_for_once_and_a_stop_until_it_is_done():
 def test_workers_are_known_before_their_first_sign_of_life_and_silent_until_the_next():
     relay = relay_of(3)
     workers = [Worker("a", 10, 100), Worker("b", 11, 101)]
-    relay.note_workers(3, workers)
-    assert relay.take().workers == workers  # silent_s is None
+    relay.note_workers(3, workers, '{"env_vars": {}}')
+    news = relay.take()
+    assert news.workers == workers  # silent_s is None
+    assert news.environment == '{"env_vars": {}}'
     relay.note_pulse(3, 0)
     relay.note_pulse(3, 1)
     first = relay.take().workers
@@ -74,3 +76,11 @@ def test_notices_come_whichever_attempt_runs():
     relay.note_notice({"node": "a", "source": "ec2", "deadline": None})
     relay.begin(2, 2)
     assert [relay.take().notices, relay.take().notices] == [[{"node": "a", "source": "ec2", "deadline": None}], []]
+
+
+def test_a_controller_that_waits_for_its_turn_is_known():
+    relay = relay_of(1)
+    assert relay.begun(1) == (1, 2)
+    assert not relay.is_ready(2)
+    assert relay.begun(2) == (1, 2)
+    assert relay.is_ready(2)

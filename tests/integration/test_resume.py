@@ -101,18 +101,36 @@ def finished(cluster, dataset, run, num_workers=2):
 
 
 def kill_worker(run, rank):
-    start = [event for event in read_events(run) if event["event"] == "start"][-1]
-    os.kill(start["pids"][rank], signal.SIGKILL)
+    os.kill(last_start(run)["pids"][rank], signal.SIGKILL)
+
+
+def last_start(run):
+    return [event for event in read_events(run) if event["event"] == "start"][-1]
 
 
 def controllers():
     """Process ids of Ray Train's controllers on the nodes that this process has started."""
-    found = set()
+    return {process.pid for process in ray_processes("TrainController")}
+
+
+def waiting():
+    """Process ids of those that have imported PyTorch and have no work."""
+    return {process.pid for process in ray_processes("ray::IDLE") if has_torch(process)}
+
+
+def ray_processes(name):
+    found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "TrainController" in " ".join(process.cmdline()):
-                found.add(process.pid)
+            if name in " ".join(process.cmdline()):
+                found.append(process)
     return found
+
+
+def has_torch(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any("libtorch_cpu" in part.path for part in process.memory_maps())
+    return False
 
 
 def wait_until(is_true, timeout_s=120):
@@ -206,16 +224,30 @@ def test_the_next_attempt_is_prepared_while_one_trains_and_none_is_left_behind(c
     driver = Driver(cluster, dataset, str(tmp_path / "run"), options=["--optim.num-steps", "1000000"])
     driver.wait_for_step(1)
     (first,) = controllers()
-    wait_until(lambda: len(controllers()) == 2)
-    (prepared,) = controllers() - {first}
+    wait_until(lambda: (len(controllers()), len(waiting())) == (2, 2))  # a worker may be on either node
+    (prepared,), processes = controllers() - {first}, waiting()
     kill_worker(driver.run, rank=1)
-    wait_until(lambda: [event for event in read_events(driver.run) if event["event"] == "start"][-1]["attempt"] == 2)
+    wait_until(lambda: last_start(driver.run)["attempt"] == 2)
+    assert set(last_start(driver.run)["pids"]) == processes
     assert prepared in controllers()
     assert first not in controllers()
+    wait_until(lambda: (len(controllers()), len(waiting())) == (2, 2))
+    assert not waiting() & processes
     driver.process.terminate()
     code, text = driver.finish()
     assert code == 75, text
-    wait_until(lambda: not controllers())  # Ray ends a driver's actors soon after it
+    wait_until(lambda: not controllers() | waiting())  # Ray ends a driver's actors soon after it
+
+
+def test_without_standby_nothing_waits(cluster, dataset, tmp_path):
+    options = ["--optim.num-steps", "1000000", "--no-standby"]
+    driver = Driver(cluster, dataset, str(tmp_path / "run"), options=options)
+    driver.wait_for_step(1)
+    time.sleep(15)  # with it, they are begun ten seconds after the first step
+    assert (len(controllers()), waiting()) == (1, set())
+    driver.process.terminate()
+    code, text = driver.finish()
+    assert code == 75, text
 
 
 def test_a_fault_that_a_restart_cannot_mend_ends_the_run_with_its_reason(cluster, dataset, tmp_path):

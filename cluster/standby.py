@@ -1,0 +1,100 @@
+"""Processes for the next attempt's workers that wait on the nodes with their imports behind them.
+
+Ray gives an actor an idle process of its runtime environment, if there is one that has not worked yet. No call of its
+Python has one started; its raylets have that call, which Ray's own `PrestartWorkers` in C++ makes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from ray.core.generated.common_pb2 import Language
+from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
+
+from cluster.capacity import num_within
+
+logger = logging.getLogger(__name__)
+
+_ANY_DEVICE = ("ray.train.torch", "torch.distributed.fsdp", "torch._dynamo")
+_CPU = ("cluster.worker", "pipeline.decode")
+_KEEP_S = 30 * 86_400
+"""Ray ends idle processes after a second otherwise, where there are more of them than CPUs."""
+_ANSWER_S = 2.0
+_NUM_CALLS = 32
+
+
+def imports_first(*, gpu: bool) -> dict[str, str]:
+    """Environment in which a process of Ray's imports what a worker needs before it is given any work."""
+    hook = import_for_gpu if gpu else import_for_cpu
+    return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{hook.__name__}"}
+
+
+def import_for_cpu() -> None:
+    """All that a worker without a GPU needs."""
+    _import(_ANY_DEVICE + _CPU)
+
+
+def import_for_gpu() -> None:
+    """What does not touch CUDA: which GPU the process has is known only when it is given its work."""
+    _import(_ANY_DEVICE)
+
+
+def _import(modules: Iterable[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
+
+
+class Standby:
+    """The processes that wait.
+
+    Args:
+        need: resources of one worker, which a process that waits does not take.
+    """
+
+    def __init__(self, need: Mapping[str, float]) -> None:
+        self._need = need
+        self._waiting: dict[str, int] = {}
+
+    def take(self, nodes: Iterable[str]) -> None:
+        """Workers have been started, one for each mention of a node: where a process waited, it was taken."""
+        for node in nodes:
+            self._waiting[node] = max(0, self._waiting.get(node, 0) - 1)
+
+    def fill(self, nodes: Iterable[Mapping[str, Any]], num_workers: int, environment: str) -> None:
+        """Have as many wait on each node as it may be given workers. A raylet that does not answer is not asked again.
+
+        Args:
+            nodes: those that may be used, from `ray.nodes()`.
+            num_workers: of the next attempt.
+            environment: of the workers, as Ray passes it on.
+        """
+        wanted = {node["NodeID"]: min(num_workers, num_within(node["Resources"], self._need)) for node in nodes}
+        missing = [(node, wanted[node["NodeID"]] - self._waiting.get(node["NodeID"], 0)) for node in nodes]
+        self._waiting = {node: max(count, self._waiting.get(node, 0)) for node, count in wanted.items()}
+        calls = [(node, count, environment) for node, count in missing if count > 0]
+        if calls:
+            with ThreadPoolExecutor(_NUM_CALLS) as pool:
+                list(pool.map(_start, *zip(*calls, strict=True)))
+
+
+def _start(node: Mapping[str, Any], num_processes: int, environment: str) -> None:
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    request = PrestartWorkersRequest(
+        language=Language.PYTHON, job_id=job, num_workers=num_processes, keep_alive_duration_secs=_KEEP_S
+    )
+    request.runtime_env_info.serialized_runtime_env = environment
+    address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    try:
+        with init_grpc_channel(address) as channel:
+            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_ANSWER_S)
+    except grpc.RpcError as error:  # the next attempt starts its own, which takes longer
+        logger.info("no workers wait on %s: %s", address, error)

@@ -184,7 +184,8 @@ class Driver:
             watch.look(news)
             self._fits.started(self._number, news.workers)
             if watch.aim is None and watch.training_s > _PREPARE_AFTER_S:
-                self._fits.prepare(self._number, fit.num_workers, news.environment, self._nodes.staying())
+                sizes = self._nodes.next_sizes(fit.num_workers)
+                self._fits.prepare(self._number, sizes, news.environment, self._nodes.staying())
 
     def _outcome(self, fit: Fit, watch: Watch, news: News) -> _Outcome:
         if fit.reason is StopReason.FINISHED:

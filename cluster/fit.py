@@ -129,7 +129,7 @@ class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
     def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> None:
         while True:
-            attempt, wanted = ray.get(self._relay.begun.remote(self._attempt))
+            attempt, wanted = ray.get(self._relay.begun.remote(self._attempt, self._num_workers))
             if attempt == self._attempt and wanted == self._num_workers:
                 return
             if attempt >= self._attempt:
@@ -151,7 +151,7 @@ class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
 
 class Fits:
-    """The fit of the attempt that runs, and one that waits for the next, with processes for its workers.
+    """The fit of the attempt that runs, and those that wait for the next, with processes for its workers.
 
     A fit begins with a process of Ray Train's that imports PyTorch, and the workers' processes do it again: on few CPUs
     most of a restart, which the next attempt need not wait for.
@@ -165,16 +165,15 @@ class Fits:
 
     def __init__(self, job: JobConfig, relay: Any, lease: int, *, local: bool) -> None:
         self._job, self._relay, self._lease, self._local = job, relay, lease, local
-        self._next: Fit | None = None
+        self._next: dict[int, Fit] = {}
+        self._ending: list[Fit] = []
         self._standby, self._used_by = Standby(worker_resources(job)), 0
 
     def begin(self, attempt: int, num_workers: int) -> Fit:
         """Start the workers of an attempt."""
-        ready, self._next = self._next, None
-        ray.get(self._relay.begin.remote(attempt, num_workers))
-        if ready is not None and ready.is_alive() and ready.num_workers == num_workers:
-            return ready
-        return self._start(attempt, num_workers)
+        ready = self._next.pop(num_workers, None)
+        self._end_waiting(attempt, num_workers)
+        return ready if ready is not None and ready.is_alive() else self._start(attempt, num_workers)
 
     def started(self, attempt: int, workers: list[Worker]) -> None:
         """The workers of an attempt, once they are known, may be in processes that waited for them."""
@@ -182,28 +181,37 @@ class Fits:
             self._used_by = attempt
             self._standby.take(worker.node for worker in workers)
 
-    def prepare(self, attempt: int, num_workers: int, environment: str, nodes: list[dict[str, Any]]) -> None:
-        """Have a fit and processes wait for the attempt after this one, which will probably have as many workers.
+    def prepare(self, attempt: int, sizes: list[int], environment: str, nodes: list[dict[str, Any]]) -> None:
+        """Have fits and processes wait for the attempt after this one; called again and again, it begins one at a time.
 
         Args:
             attempt: this one's number.
-            num_workers: of this one.
-            environment: of its workers, as Ray passes it on.
+            sizes: how many workers the next one may have, each of which has a fit.
+            environment: of this one's workers, as Ray passes it on.
             nodes: which the next one may be on, from `ray.nodes()`.
         """
         if not self._job.standby:
             return
-        if self._next is None or not self._next.is_alive():
-            self._next = self._start(attempt + 1, num_workers)
-        # Not earlier: a fit is closed at once only when its process has started, which all the others would delay.
-        elif ray.get(self._relay.is_ready.remote(attempt + 1)):
-            self._standby.fill(nodes, num_workers, environment)
+        # In turn: a fit is closed at once only when its process has started, which all the others would delay.
+        for size in sizes:
+            if size not in self._next or not self._next[size].is_alive():
+                self._next[size] = self._start(attempt + 1, size)
+            if not ray.get(self._relay.is_ready.remote(attempt + 1, size)):
+                return
+        self._standby.fill(nodes, max(sizes), environment)
 
     def close(self, attempt: int) -> None:
-        """End the one that waits: Ray must not be shut down under it. `attempt` is the last one's number."""
-        if self._next is not None:
-            ray.get(self._relay.begin.remote(attempt + 1, 0))
-            self._next.join(_CLOSE_S)
+        """End those that wait: Ray must not be shut down under them. `attempt` is the last one's number."""
+        if self._next:
+            self._end_waiting(attempt + 1, 0)
+        for fit in self._ending:
+            fit.join(_CLOSE_S)
+
+    def _end_waiting(self, attempt: int, num_workers: int) -> None:
+        """Let an attempt begin: fits that wait for another end."""
+        self._ending = [fit for fit in (*self._ending, *self._next.values()) if fit.is_alive()]
+        self._next = {}
+        ray.get(self._relay.begin.remote(attempt, num_workers))
 
     def _start(self, attempt: int, num_workers: int) -> Fit:
         payload = {"relay": self._relay, "attempt": attempt, "lease": self._lease}

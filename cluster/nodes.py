@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from cluster.capacity import num_fitting, num_within, worker_resources, world_within
+from cluster.capacity import num_after_loss, num_fitting, num_within, worker_resources, world_within
 from cluster.config import JobConfig
 from cluster.draining import draining_nodes
 
@@ -65,6 +65,13 @@ class Nodes:
         fitting = num_fitting(self._nodes, self._avoided(), self._need)
         free = num_within(ray.available_resources(), self._need)  # type: ignore[no-untyped-call]
         return world_within(self._job, min(fitting, free + num_running))
+
+    def next_sizes(self, num_running: int) -> list[int]:
+        """World sizes that may come after `num_running`: the same, what is left without a node, what has come."""
+        fewer = world_within(self._job, num_after_loss(self.staying(), self._need))
+        # Asking Ray what is free is for those that may grow.
+        more = self.room(num_running) if num_running < self._job.num_workers else None
+        return list(dict.fromkeys(size for size in (num_running, fewer, more) if size is not None))
 
     def amounts(self) -> tuple[dict[str, float], dict[str, float]]:
         """What the fewest workers need, and what the nodes that stay have in all, in use or not."""

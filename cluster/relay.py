@@ -62,7 +62,7 @@ class Relay:
     def __init__(self) -> None:
         self._news = News()
         self._notices: list[dict[str, Any]] = []
-        self._ready = 0
+        self._ready: set[tuple[int, int]] = set()
         self.begin(0, 0)
 
     def begin(self, attempt: int, num_workers: int) -> None:
@@ -75,14 +75,14 @@ class Relay:
         self._fatal: str | None = None
         self._error: str | None = None
 
-    def begun(self, attempt: int) -> tuple[int, int]:
+    def begun(self, attempt: int, num_workers: int) -> tuple[int, int]:
         """The attempt whose turn it is, and the number of its workers; asked by a controller that waits for its own."""
-        self._ready = max(self._ready, attempt)
+        self._ready.add((attempt, num_workers))
         return self._attempt, self._num_workers
 
-    def is_ready(self, attempt: int) -> bool:
-        """Whether the controller of an attempt waits, or has begun."""
-        return self._ready >= attempt
+    def is_ready(self, attempt: int, num_workers: int) -> bool:
+        """Whether a controller has waited for this attempt with so many workers."""
+        return (attempt, num_workers) in self._ready
 
     def push(self, attempt: int, record: dict[str, Any]) -> None:
         """Take a step record for the driver."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.capacity import num_fitting, num_within, worker_resources, world_within
+from cluster.capacity import num_after_loss, num_fitting, num_within, worker_resources, world_within
 from cluster.config import JobConfig
 from pipeline.config import DataConfig
 from trainer.config import ParallelConfig, TrainConfig
@@ -23,6 +23,12 @@ def test_workers_are_counted_node_by_node():
     assert num_fitting(nodes, {"d"}, {"CPU": 2.0}) == 3  # 2 and 1: a worker is on one node
     assert num_fitting(nodes, set(), {"CPU": 2.0}) == 7
     assert num_fitting(nodes, set(), {"CPU": 2.0, "GPU": 1.0}) == 0
+
+
+def test_the_node_that_is_lost_is_the_one_with_the_most_workers():
+    nodes = [node("a", CPU=4.0), node("b", CPU=3.0), node("c", CPU=8.0)]
+    assert num_after_loss(nodes, {"CPU": 2.0}) == 3
+    assert num_after_loss([], {"CPU": 2.0}) == 0
 
 
 def test_sums_of_fractions_lose_no_worker():

@@ -80,7 +80,8 @@ def test_notices_come_whichever_attempt_runs():
 
 def test_a_controller_that_waits_for_its_turn_is_known():
     relay = relay_of(1)
-    assert relay.begun(1) == (1, 2)
-    assert not relay.is_ready(2)
-    assert relay.begun(2) == (1, 2)
-    assert relay.is_ready(2)
+    assert relay.begun(1, 2) == (1, 2)
+    assert not relay.is_ready(2, 2)
+    assert relay.begun(2, 2) == (1, 2)
+    assert relay.is_ready(2, 2)
+    assert not relay.is_ready(2, 1)

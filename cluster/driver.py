@@ -185,7 +185,7 @@ class Driver:
             self._fits.started(self._number, news.workers)
             if watch.aim is None and watch.training_s > _PREPARE_AFTER_S:
                 sizes = self._nodes.next_sizes(fit.num_workers)
-                self._fits.prepare(self._number, sizes, news.environment, self._nodes.staying())
+                self._fits.prepare(self._number, sizes, news.environment, self._nodes.candidates(self._used))
 
     def _outcome(self, fit: Fit, watch: Watch, news: News) -> _Outcome:
         if fit.reason is StopReason.FINISHED:

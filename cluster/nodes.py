@@ -17,6 +17,8 @@ from cluster.draining import draining_nodes
 _REFRESH_S = 0.5
 _ANSWER_S = 0.5
 _NUM_CALLS = 32
+_NUM_SPARES = 4
+"""A run does not start processes on all nodes of a large cluster that others share."""
 
 
 class Nodes:
@@ -72,6 +74,12 @@ class Nodes:
         # Asking Ray what is free is for those that may grow.
         more = self.room(num_running) if num_running < self._job.num_workers else None
         return list(dict.fromkeys(size for size in (num_running, fewer, more) if size is not None))
+
+    def candidates(self, used: Collection[str]) -> list[dict[str, Any]]:
+        """Nodes that the next attempt may be on: those of `used` that stay, and some others that hold a worker."""
+        able = [node for node in self.staying() if num_within(node["Resources"], self._need)]
+        others = [node for node in able if node["NodeID"] not in used]
+        return [node for node in able if node["NodeID"] in used] + others[:_NUM_SPARES]
 
     def amounts(self) -> tuple[dict[str, float], dict[str, float]]:
         """What the fewest workers need, and what the nodes that stay have in all, in use or not."""

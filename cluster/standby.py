@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -69,18 +69,21 @@ class Standby:
         for node in nodes:
             self._waiting[node] = max(0, self._waiting.get(node, 0) - 1)
 
-    def fill(self, nodes: Iterable[Mapping[str, Any]], num_workers: int, environment: str) -> None:
+    def fill(self, nodes: Sequence[Mapping[str, Any]], num_workers: int, environment: str) -> None:
         """Have as many wait on each node as it may be given workers. A raylet that does not answer is not asked again.
 
         Args:
-            nodes: those that may be used, from `ray.nodes()`.
+            nodes: which the next attempt may be on, from `ray.nodes()`.
             num_workers: of the next attempt.
             environment: of the workers, as Ray passes it on.
         """
-        wanted = {node["NodeID"]: min(num_workers, num_within(node["Resources"], self._need)) for node in nodes}
-        missing = [(node, wanted[node["NodeID"]] - self._waiting.get(node["NodeID"], 0)) for node in nodes]
-        self._waiting = {node: max(count, self._waiting.get(node, 0)) for node, count in wanted.items()}
-        calls = [(node, count, environment) for node, count in missing if count > 0]
+        calls = []
+        for node in nodes:
+            wanted = min(num_workers, num_within(node["Resources"], self._need))
+            waiting = self._waiting.get(node["NodeID"], 0)
+            if wanted > waiting:
+                self._waiting[node["NodeID"]] = wanted
+                calls.append((node, wanted - waiting, environment))
         if calls:
             with ThreadPoolExecutor(_NUM_CALLS) as pool:
                 list(pool.map(_start, *zip(*calls, strict=True)))

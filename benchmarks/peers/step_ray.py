@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,28 +31,25 @@ LOG_EVERY_STEPS = 2
 
 def run_alone(spec: Spec, turns: Turns) -> None:
     """The loop in this process, one rank: what `run_under_ray` measures, without Ray."""
-    with tempfile.TemporaryDirectory(prefix="tarmac-bench-step-") as folder:
-        _train(spec, turns, folder, ask=lambda: Wish.GO_ON, push=lambda record: None)
+    _train(spec, turns, ask=lambda: Wish.GO_ON, push=lambda record: None)
 
 
 def run_under_ray(spec: Spec, plan: Plan, address: str) -> None:
     """The loop in a Ray Train worker, which takes the turns; this process has the driver's relay."""
-    with tempfile.TemporaryDirectory(prefix="tarmac-bench-step-") as folder:
-        ray.init(address="local", num_cpus=spec.num_threads, include_dashboard=False, log_to_driver=False)
-        try:
-            relay = start_relay("step-benchmark")
-            ray.get(relay.begin.remote(1, 1))
-            what = {"spec": asdict(spec), "plan": asdict(plan), "address": address, "folder": folder, "relay": relay}
-            trainer = TorchTrainer(
-                _worker,
-                train_loop_config=what,
-                torch_config=TorchConfig(backend="gloo"),
-                scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": spec.num_threads}),
-                run_config=RunConfig(storage_path=folder, worker_runtime_env={"env_vars": keep_freed()}),
-            )
-            trainer.fit()
-        finally:
-            ray.shutdown()
+    ray.init(address="local", num_cpus=spec.num_threads, include_dashboard=False, log_to_driver=False)
+    try:
+        relay = start_relay("step-benchmark")
+        ray.get(relay.begin.remote(1, 1))
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"spec": asdict(spec), "plan": asdict(plan), "address": address, "relay": relay},
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": spec.num_threads}),
+            run_config=RunConfig(storage_path=str(Path(address).parent), worker_runtime_env={"env_vars": keep_freed()}),
+        )
+        trainer.fit()
+    finally:
+        ray.shutdown()
 
 
 def _worker(payload: dict[str, Any]) -> None:
@@ -62,15 +58,12 @@ def _worker(payload: dict[str, Any]) -> None:
     _train(
         spec,
         Turns(payload["address"], Plan(**payload["plan"])),
-        payload["folder"],
         ask=lambda: ray.get(relay.take_wish.remote(1)),
         push=partial(relay.push.remote, 1),
     )
 
 
-def _train(
-    spec: Spec, turns: Turns, folder: str, *, ask: Callable[[], Wish], push: Callable[[StepRecord], object]
-) -> None:
+def _train(spec: Spec, turns: Turns, *, ask: Callable[[], Wish], push: Callable[[StepRecord], object]) -> None:
     one, plan = batch_of(spec.batch_size), turns.plan
     num_steps = LOG_EVERY_STEPS + plan.num_turns * plan.num_steps + 1
     config = our_config(spec)
@@ -101,7 +94,7 @@ def _train(
     train(
         config,
         batches(),
-        run=Store(Path(folder, "run").as_uri()),
+        run=Store((turns.folder / "run").as_uri()),
         num_samples=10**6,
         attempt=1,
         device=torch.device("cpu"),

@@ -44,12 +44,12 @@ class Turns:
     """The end of a process that is measured.
 
     Args:
-        address: of the parent's socket.
+        address: of the parent's socket, in a folder that is the row's own; the parent removes it.
         plan: how often its turn comes.
     """
 
     def __init__(self, address: str, plan: Plan) -> None:
-        self.plan = plan
+        self.plan, self.folder = plan, Path(address).parent
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(address)
         self._stream = self._socket.makefile("rw")

@@ -17,7 +17,7 @@ from ray.autoscaler.sdk import request_resources
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
 from cluster.driver_log import DriverLog
-from cluster.failures import Failures
+from cluster.failures import Failures, count_without_progress
 from cluster.fit import Fit, Fits
 from cluster.lease import Lease
 from cluster.node_agent import NodeAgents
@@ -92,7 +92,8 @@ class Driver:
         self._agents, self._nodes, self._metrics = NodeAgents(name), Nodes(job), RunMetrics(str(run))
         self._here: str = ray.get_runtime_context().get_node_id()
         self._number = next_attempt(run) - 1
-        self._failures = Failures(job.max_attempts_without_progress, newest_step(run) or 0)
+        most = job.max_attempts_without_progress
+        self._failures = Failures(most, newest_step(run) or 0, count_without_progress(run, most))
         self._told: list[dict[str, Any]] = []
         self._used: set[str] = set()
 

@@ -122,7 +122,7 @@ def _train_rank(job: JobConfig, seat: _Seat) -> str:
         ask=lambda: ray.get(seat.relay.take_wish.remote(seat.attempt)) if rank == 0 else Wish.GO_ON,
         on_metrics=partial(seat.relay.push.remote, seat.attempt),
         on_event=partial(seat.relay.announce.remote, seat.attempt),
-        may_commit=partial(check_lease, run, seat.lease),
+        may_write=partial(check_lease, run, seat.lease),
     )
     with opened as task:
         reason = train(

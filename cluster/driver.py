@@ -88,7 +88,7 @@ class Driver:
         self._on_news = on_news
         name = f"tarmac-{lease.record.driver}"
         self._relay = start_relay(name)
-        self._fits = Fits(job, self._relay, lease.record.generation, local=local)
+        self._fits = Fits(job, self._relay, lease.record, local=local)
         self._agents, self._nodes, self._metrics = NodeAgents(name), Nodes(job), RunMetrics(str(run))
         self._here: str = ray.get_runtime_context().get_node_id()
         self._number = next_attempt(run) - 1
@@ -116,7 +116,7 @@ class Driver:
         outcome = _Outcome("", then="resume" if self._number else "first")
         while outcome.reason is None:
             self._number += 1
-            self._log = DriverLog(self._run, self._number)
+            self._log = DriverLog(self._run, self._number, self._lease.check)
             try:
                 outcome = self._attempt(outcome.then)
                 self._tell("ended", outcome=outcome.name)
@@ -177,7 +177,7 @@ class Driver:
             news = self._hear()
             if not running:
                 return news
-            if self._lease.lost_to is not None:
+            if self._lease.lost is not None:
                 watch.kill_all(news.workers)
             if self._stops.asked_by and watch.aim != "stop":
                 self._tell("stopping", signal=self._stops.asked_by)
@@ -220,8 +220,8 @@ class Driver:
             request_resources(bundles=[])
 
     def _check_lease(self) -> None:
-        if self._lease.lost_to is not None:
-            raise RunFailedError(f"{self._run} was taken over by {self._lease.lost_to}; this driver stops")
+        if self._lease.lost is not None:
+            raise RunFailedError(f"{self._lease.lost}; this driver stops")
 
     def _look(self) -> None:
         self._nodes.refresh()

@@ -21,6 +21,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
 from cluster.host_memory import keep_freed
+from cluster.lease import LeaseRecord
 from cluster.log_setup import without_secrets
 from cluster.process_group import torch_config
 from cluster.relay import Worker, this_environment, this_worker
@@ -159,11 +160,11 @@ class Fits:
     Args:
         job: what to train.
         relay: the driver's.
-        lease: the generation of the driver's.
+        lease: the driver's.
         local: all workers are on this machine.
     """
 
-    def __init__(self, job: JobConfig, relay: Any, lease: int, *, local: bool) -> None:
+    def __init__(self, job: JobConfig, relay: Any, lease: LeaseRecord, *, local: bool) -> None:
         self._job, self._relay, self._lease, self._local = job, relay, lease, local
         self._next: dict[int, Fit] = {}
         self._ending: list[Fit] = []

@@ -1,8 +1,10 @@
 """One driver a run: a lease in the run's bucket, taken over when its holder no longer renews it.
 
-`<run>/lease/000007.json` is the seventh lease of the run, made by a put that only one driver can win, and written again
-by its owner alone. The newest one counts. So a store needs no more than exclusive creation, which `Store.create` gives
-with and without conditional puts, and nobody ever overwrites what another driver wrote.
+`<run>/lease/000007.json` is the seventh lease of the run, made by `Store.create` and written again by its owner. The
+newest one counts, and it is whose name is in it. Where creation is exclusive, nobody overwrites what another driver
+wrote. On a store without conditional puts a slow creator can; so its holder reads a lease before it renews it, and at
+most one of two goes on for longer than that takes. What is checked can change before the write that follows it: a
+process that stands still just then can still write once.
 
 A lease is stale when it has not changed for its term, by the watch of the one who looks: clocks need not agree.
 """
@@ -18,6 +20,7 @@ import secrets
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -80,15 +83,11 @@ class Lease:
 
     def __init__(self, run: Store, record: LeaseRecord) -> None:
         self._run, self.record = run, record
-        self._lost: LeaseRecord | None = None
+        self.lost: str | None = None
+        """Why the run is no longer this driver's; None while it is, as far as is known here."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
-
-    @property
-    def lost_to(self) -> LeaseRecord | None:
-        """The driver that has taken over, if this one knows of any."""
-        return self._lost
 
     def __enter__(self) -> Lease:
         """Itself."""
@@ -100,25 +99,41 @@ class Lease:
         """Stop renewing, and let the next driver begin at once."""
         self._closed.set()
         self._thread.join(TERM_S)
-        if self._lost is None and not self._thread.is_alive():
+        if self.lost is None and not self._thread.is_alive():
             try:
                 self._write(released=True)
-            except StoreError as lost:
-                logger.warning("the lease could not be released and will run out: %s", lost)
+            except (StoreError, RunError) as reason:
+                logger.warning("the lease was not released: %s", reason)
+
+    def check(self) -> None:
+        """Ask the store whether the run is still this driver's; from any thread.
+
+        Raises:
+            LeaseError: it is another's; from then on `lost` says so.
+            RunError, StoreError: the store does not tell.
+        """
+        if self.lost is not None:
+            raise LeaseError(self.lost)
+        try:
+            check_lease(self._run, self.record)
+        except LeaseError as error:
+            self.lost = str(error)  # before its holder is looked up, which may fail or take long
+            with suppress(StoreError, RunError):
+                self.lost = f"{error}: {read_lease(self._run)}"
+            raise
 
     def _renew(self) -> None:
-        while not self._closed.wait(self.record.term_s / _RENEWALS):
+        while self.lost is None and not self._closed.wait(self.record.term_s / _RENEWALS):
             try:
-                check_lease(self._run, self.record.generation)
                 self._write()
-            except LeaseError:
-                self._lost = read_lease(self._run)
-                return
-            except StoreError as error:
+            except LeaseError as error:
+                logger.warning("%s", error)
+            except Exception as error:  # of any kind: without this thread nobody would notice that the lease is lost
                 # Harmless while nobody takes over, and whoever does finds the store down too.
-                logger.warning("the lease waits for the store: %s", error)
+                logger.warning("the lease could not be renewed, which is tried again: %s", error)
 
     def _write(self, released: bool = False) -> None:
+        self.check()
         record = dataclasses.replace(self.record, renewed=time.time(), released=released)
         self._run.write(_path(self.record.generation), record.to_json())
 
@@ -149,18 +164,37 @@ def acquire(run: Store, term_s: float = TERM_S) -> Lease:
     )
     if not run.create(_path(record.generation), record.to_json()):
         raise LeaseError(_held(run, read_lease(run) or record))
-    lease = Lease(run, record)
+    check_lease(run, record)  # others may have come and gone since `before`, and this generation with them
     for generation in _generations(run):
         if generation < record.generation:
             run.remove(_path(generation))
-    return lease
+    return Lease(run, record)
 
 
-def check_lease(run: Store, generation: int) -> None:
-    """Raise LeaseError if a newer lease than `generation` exists: its driver may be at work already."""
+def check_lease(run: Store, ours: LeaseRecord) -> None:
+    """Look whether a driver still has the run: a list and a read.
+
+    Args:
+        run: the run's store.
+        ours: the driver's lease, as it was taken.
+
+    Raises:
+        LeaseError: there is a newer lease, or another driver's name is in this one. That driver may be at work already.
+        RunError: this lease cannot be read.
+        StoreError: the store did not answer.
+    """
     newest = max(_generations(run), default=0)
-    if newest > generation:
-        raise LeaseError(f"{run} was taken over by another driver (lease {newest}; ours was {generation})")
+    if newest > ours.generation:
+        raise LeaseError(f"{run} was taken over by another driver (lease {newest}; ours was {ours.generation})")
+    if newest < ours.generation:  # somebody deleted it, and its holder will write it again
+        return
+    try:
+        driver = _read(run, newest).driver
+    except StoreNotFoundError:  # superseded in between
+        check_lease(run, ours)
+        return
+    if driver != ours.driver:
+        raise LeaseError(f"{run} was taken over by another driver, which wrote lease {newest} over ours")
 
 
 def read_lease(run: Store) -> LeaseRecord | None:
@@ -173,11 +207,9 @@ def read_lease(run: Store) -> LeaseRecord | None:
     if newest is None:
         return None
     try:
-        return LeaseRecord(**json.loads(run.read(_path(newest))))
+        return _read(run, newest)
     except StoreNotFoundError:  # superseded in between
         return read_lease(run)
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{run}/{_path(newest)} is no lease ({error}); delete it if no driver is at work") from error
 
 
 def is_stale(lease: LeaseRecord) -> bool:
@@ -211,6 +243,14 @@ def _held(run: Store, holder: LeaseRecord) -> str:
 def _process_is_gone(record: LeaseRecord) -> bool:
     """Whether the holder ran on this machine and does no more. On another one that cannot be known."""
     return record.kernel is not None and record.kernel == kernel() and record.pid_started != start_time(record.pid)
+
+
+def _read(run: Store, generation: int) -> LeaseRecord:
+    path = _path(generation)
+    try:
+        return LeaseRecord(**json.loads(run.read(path)))
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{run}/{path} is no lease ({error}); delete it if no driver is at work") from error
 
 
 def _generations(run: Store) -> list[int]:

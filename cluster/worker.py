@@ -15,7 +15,7 @@ import ray.train.torch
 import torch
 
 from cluster.config import EvaluateJob, JobConfig
-from cluster.lease import LeaseError, check_lease
+from cluster.lease import LeaseError, LeaseRecord, check_lease
 from cluster.log_setup import set_up_logging, without_secrets
 from cluster.tasks import Place, evaluation, pretraining
 from pipeline import open_dataset
@@ -39,7 +39,7 @@ def train_worker(payload: dict[str, Any]) -> str:
 
     Args:
         payload: `job`, a JobConfig as JSON values; `relay`, the driver's Relay actor; `attempt`, this attempt's number;
-            `lease`, the generation of the driver's lease.
+            `lease`, the driver's LeaseRecord.
 
     Returns:
         The StopReason's value, the same on all ranks.
@@ -71,7 +71,7 @@ class _Seat:
 
     relay: Any
     attempt: int
-    lease: int
+    lease: LeaseRecord
     began: float
 
 
@@ -122,7 +122,7 @@ def _train_rank(job: JobConfig, seat: _Seat) -> str:
         ask=lambda: ray.get(seat.relay.take_wish.remote(seat.attempt)) if rank == 0 else Wish.GO_ON,
         on_metrics=partial(seat.relay.push.remote, seat.attempt),
         on_event=partial(seat.relay.announce.remote, seat.attempt),
-        may_commit=partial(check_lease, run, seat.lease),
+        may_write=partial(check_lease, run, seat.lease),
     )
     with opened as task:
         reason = train(

@@ -72,7 +72,7 @@ def write(
     *,
     step: int,
     samples_seen: int,
-    before_commit: Callable[[], None] = lambda: None,
+    may_write: Callable[[], None] = lambda: None,
 ) -> Commit:
     """Write the checkpoint of `step`, every rank its own part, and commit it.
 
@@ -83,14 +83,20 @@ def write(
         state: from `state_of`, or a copy of it.
         step: completed optimizer updates.
         samples_seen: images trained on.
-        before_commit: called on rank 0 when all files are written; nothing is committed if it fails.
+        may_write: called on rank 0, and whatever it raises ends the save: before anything is removed or written, and
+            again when all files are written, before they are committed.
 
     Raises:
         CheckpointError: some rank could not write its part; nothing was committed.
         StoreError: the store refused, or did not answer in time; nothing was committed.
     """
     directory = step_directory(step)
-    parallel.from_rank_zero(partial(_clear, run, directory), "checkpoint")
+
+    def clear() -> None:
+        may_write()
+        _clear(run, directory)
+
+    parallel.from_rank_zero(clear, "checkpoint")
     writer = StoreWriter(run.child(directory))
     with _collective(f"cannot write {directory}") as group:
         dcp_save(dict(state), storage_writer=writer, process_group=group)
@@ -103,7 +109,7 @@ def write(
     )
 
     def write_commit() -> None:
-        before_commit()
+        may_write()
         run.write(f"{directory}/{COMMIT}", commit.to_json())
 
     parallel.from_rank_zero(write_commit, "checkpoint")

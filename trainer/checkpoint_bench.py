@@ -127,7 +127,7 @@ def _time_round(
 
 
 def _saver(run: Store) -> CheckpointSaver:
-    return CheckpointSaver(run, before_commit=lambda: None, after_commit=lambda commit: None, patience_s=60.0)
+    return CheckpointSaver(run, may_write=lambda: None, after_commit=lambda commit: None, patience_s=60.0)
 
 
 def _trained(trainee: Trainee) -> Trainee:

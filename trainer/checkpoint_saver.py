@@ -36,7 +36,8 @@ class CheckpointSaver:
 
     Args:
         run: the run's store.
-        before_commit: called on rank 0, in the thread, when all files are written; if it fails, so does the save.
+        may_write: called on rank 0, in the thread, before a save writes and before it commits; if it fails, so does
+            the save.
         after_commit: likewise, when the checkpoint counts.
         patience_s: how long to wait for a save in flight after an error.
         asynchronous: False copies nothing, and `start` returns when the checkpoint is committed.
@@ -46,12 +47,12 @@ class CheckpointSaver:
         self,
         run: Store,
         *,
-        before_commit: Callable[[], None],
+        may_write: Callable[[], None],
         after_commit: Callable[[Commit], None],
         patience_s: float,
         asynchronous: bool = True,
     ) -> None:
-        self._run, self._before, self._after, self._patience_s = run, before_commit, after_commit, patience_s
+        self._run, self._may_write, self._after, self._patience_s = run, may_write, after_commit, patience_s
         self._asynchronous = asynchronous
         self._copies: dict[str, Any] | None = None
         self._thread: threading.Thread | None = None
@@ -114,9 +115,7 @@ class CheckpointSaver:
         self, state: Mapping[str, Any], step: int, samples_seen: int, stall_s: float | None, copied_from: float
     ) -> None:
         try:
-            commit = checkpoint.write(
-                self._run, state, step=step, samples_seen=samples_seen, before_commit=self._before
-            )
+            commit = checkpoint.write(self._run, state, step=step, samples_seen=samples_seen, may_write=self._may_write)
             seconds = time.perf_counter() - copied_from
             self._saved.append(Saved(commit, seconds if stall_s is None else stall_s, seconds))
             if parallel.rank() == 0:

@@ -70,8 +70,8 @@ class Hooks:
     """Given every step's record, on rank 0."""
     on_event: Callable[[Event], None] = lambda event: None
     """Given every event, likewise."""
-    may_commit: Callable[[], None] = lambda: None
-    """Called on rank 0 before a checkpoint is committed; nothing is if it raises."""
+    may_write: Callable[[], None] = lambda: None
+    """Called on rank 0 before a checkpoint is written, and again before it is committed; it is not if this raises."""
 
 
 def train(
@@ -125,7 +125,7 @@ def train(
             checkpoint.load(run, resume_from, trainee.model, trainee.optimizer, trainee.extra_tensors())
         _log_start(log, attempt, resume_from, began)
         numbers = StepNumbers(config, num_samples, device)
-        with _saver(config, run, log, hooks.may_commit) as saver:
+        with _saver(config, run, log, hooks.may_write) as saver:
             questions = _Questions(hooks.ask, step)
             steps = _Steps(config, trainee, numbers, log, saver, questions, validation, total_steps)
             step = steps.take(iter(loader), step)
@@ -277,21 +277,21 @@ def _skipped_event(step: StepRead) -> dict[str, Any]:
     }
 
 
-def _saver(config: LoopConfig, run: Store, log: RunLog, may_commit: Callable[[], None]) -> CheckpointSaver:
+def _saver(config: LoopConfig, run: Store, log: RunLog, may_write: Callable[[], None]) -> CheckpointSaver:
     def prune(commit: Commit) -> None:
         try:
             checkpoint.prune(run, config.checkpoint.keep_last, commit, config.checkpoint.keep_every_steps)
         except StoreError as error:
             logger.warning("old checkpoints stay: %s", error)
 
-    def before_commit() -> None:
+    def flush_and_ask() -> None:
         # A step that is in a checkpoint is never done again, so its record must not be lost: first the records.
         log.flush()
-        may_commit()
+        may_write()
 
     return CheckpointSaver(
         run,
-        before_commit=before_commit,
+        may_write=flush_and_ask,
         after_commit=prune,
         patience_s=config.store.deadline_s,
         asynchronous=config.checkpoint.asynchronous,

@@ -277,6 +277,37 @@ def test_an_outage_while_saving_or_loading_stays_a_store_error(run: Store, tmp_p
         checkpoint.write(Full(str(tmp_path / "full")), checkpoint.state_of(model, optimizer), step=1, samples_seen=8)
 
 
+def test_who_may_not_write_neither_removes_nor_writes(run: Store) -> None:
+    """A rank that was superseded comes to a step whose checkpoint its successor has committed."""
+
+    def refuse() -> None:
+        raise PermissionError("the run is another's")
+
+    save(run, 1)
+    save(run, 2)
+    before = {entry.path: run.read(entry.path) for entry in run.list()}
+    for step in (2, 3):
+        with pytest.raises(PermissionError):
+            checkpoint.write(run, checkpoint.state_of(*trained(5)), step=step, samples_seen=0, may_write=refuse)
+    assert {entry.path: run.read(entry.path) for entry in run.list()} == before
+    assert resume(run) == (2, [])
+
+
+def test_who_may_write_no_longer_when_all_is_written_does_not_commit(run: Store) -> None:
+    asked: list[bool] = []
+
+    def refuse_later() -> None:
+        asked.append(run.exists("checkpoints/step_000000002/__0_0.distcp"))
+        if asked == [False, True]:
+            raise PermissionError("the run is another's")
+
+    save(run, 1)
+    with pytest.raises(PermissionError):
+        checkpoint.write(run, checkpoint.state_of(*trained(2)), step=2, samples_seen=16, may_write=refuse_later)
+    assert asked == [False, True]
+    assert resume(run) == (1, [])
+
+
 # ---- killed and repeated saves --------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ def gated(tmp_path: Path) -> GatedStore:
 
 
 def saver_of(run: Store) -> CheckpointSaver:
-    return CheckpointSaver(run, before_commit=lambda: None, after_commit=lambda commit: None, patience_s=30.0)
+    return CheckpointSaver(run, may_write=lambda: None, after_commit=lambda commit: None, patience_s=30.0)
 
 
 def test_what_is_saved_is_the_state_at_the_start_whatever_comes_after(gated: GatedStore) -> None:
@@ -116,7 +116,7 @@ def test_one_save_is_in_flight_and_the_next_one_waits_for_it(gated: GatedStore) 
 def test_a_save_that_is_waited_for_copies_nothing(tmp_path: Path) -> None:
     run, model = Store(str(tmp_path)), trained(1)
     saver = CheckpointSaver(
-        run, before_commit=lambda: None, after_commit=lambda commit: None, patience_s=1.0, asynchronous=False
+        run, may_write=lambda: None, after_commit=lambda commit: None, patience_s=1.0, asynchronous=False
     )
     before = threading.active_count()
     with parallel.process_mesh(CPU), saver:
@@ -213,7 +213,7 @@ def _save_until_killed(url: str, sender: Any, environment: dict[str, str]) -> No
         parallel.process_mesh(CPU),
         CheckpointSaver(
             run,
-            before_commit=lambda: None,
+            may_write=lambda: None,
             after_commit=lambda commit: checkpoint.prune(run, 2, commit),
             patience_s=30.0,
         ) as saver,

@@ -57,6 +57,14 @@ def test_the_slowest_of_several_faults_counts() -> None:
     assert measure.saved_s(twice, [11.0, 16.0]) == 3.0
 
 
+def test_an_answer_that_is_missing_is_not_made_up_for_by_the_others() -> None:
+    twice = history([(1, 1, 10.0), (3, 2, 25.0)], {"event": "lost", "time": 13.0, "detected": "error"})
+    assert measure.again_s(twice, [11.0, 16.0]) is None
+    assert measure.again_s(twice, [16.0]) == 9.0
+    assert measure.detected_s(twice, [11.0, 16.0]) is None
+    assert measure.detected_s(twice, [11.0]) == 2.0
+
+
 def test_goodput_counts_a_step_once_at_its_usual_time() -> None:
     steps = [(1, 0.0), (2, 1.0), (3, 2.0), (3, 10.0), (4, 11.0), (5, 12.0), (99, 30.0)]
     assert measure.goodput(steps, 0.0, 20.0) == pytest.approx(5 / 20)
@@ -76,8 +84,44 @@ def test_goals_are_missed_where_a_row_failed() -> None:
     assert verdicts == {
         "steps lost with notice": False,
         "steps lost without notice, 1 x the cadence": True,
-        "training again after a kill, s": True,
+        "training again after a kill, with a spare, s": True,
         "notice to committed checkpoint, s": False,
         "samples lost or repeated": False,
         "rows whose weights differ from the undisturbed run's": False,
     }
+
+
+def goal(name: str, *results: dict[str, Any]) -> goals.Goal:
+    """That goal, of the rows that have results."""
+    played = [row for row in faults.ROWS if row.name in {result["name"] for result in results}]
+    return next(goal for goal in goals.goals_of(played, results, [], 50) if goal.name == name)
+
+
+AGAIN = "training again after a kill, with a spare, s"
+
+
+def test_every_row_that_kills_has_a_goal_for_its_time_or_a_reason() -> None:
+    killing = {row.name: row for row in faults.ROWS if "SIGKILL" in row.what or "SIGSTOP" in row.what}
+    assert all(row.timed != bool(row.exempt) for row in killing.values())
+    assert {row.name for row in faults.ROWS if row.timed} == {
+        *("worker-killed", "raylet-killed", "save-killed", "commit-killed", "load-killed"),
+        *("newest-damaged", "node-lost"),
+    }
+
+
+def test_the_slowest_row_decides_and_one_without_an_answer_misses_the_goal() -> None:
+    fast, slow = {"name": "worker-killed", "again_s": 7.0}, {"name": "commit-killed", "again_s": 21.0}
+    assert goal(AGAIN, fast).met
+    assert goal(AGAIN, fast, slow).measured == 21.0
+    assert goal(AGAIN, fast, {"name": "commit-killed", "again_s": None}).measured is None
+    assert (
+        goal(AGAIN, fast, {"name": "commit-killed", "again_s": 5.0, "error": "it was not as it should be"}).measured
+        is None
+    )
+
+
+def test_rows_without_a_goal_for_their_time_are_told_with_it() -> None:
+    rows = [row for row in faults.ROWS if row.name in ("worker-killed", "driver-killed")]
+    (found,) = goals.exempt(rows, [{"name": "driver-killed", "again_s": 34.4}])
+    assert (found["name"], found["again_s"]) == ("driver-killed", 34.4)
+    assert "somebody else" in found["why"]

@@ -25,7 +25,7 @@ from benchmarks.peers.goals import Goal
 from benchmarks.peers.report import machine, print_goals
 from cluster.demo_run import Terminal
 from tests.chaos.faults import ROWS, Row
-from tests.chaos.goals import MAX_LOSS_DIFFERENCE, goals_of
+from tests.chaos.goals import MAX_LOSS_DIFFERENCE, exempt, goals_of
 from tests.chaos.night import bad_night
 from tests.chaos.nodes import ray_environment
 from tests.chaos.scene import Job
@@ -65,7 +65,7 @@ def main() -> int:
         for night in nights:
             terminal.say(", ".join(f"{name} {value}" for name, value in night.items()))
     goals = goals_of(rows, stage.rows, nights, cadence)
-    write_result(about, stage.rows + nights, goals)
+    write_result(about, stage.rows + nights, goals, exempt(rows, stage.rows))
     return 0 if all(holds(row) for row in stage.rows) else 1
 
 
@@ -116,12 +116,18 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def write_result(about: dict[str, Any], rows: list[dict[str, Any]], goals: list[Goal]) -> None:
+def write_result(
+    about: dict[str, Any], rows: list[dict[str, Any]], goals: list[Goal], exempt_rows: list[dict[str, Any]]
+) -> None:
     """The goals on the screen, and chaos.json."""
     records = [goal.record() for goal in goals]
     print_goals(records)
+    for row in exempt_rows:
+        again = "not measured" if row["again_s"] is None else f"{row['again_s']:.1f} s"
+        print(f"  no goal for training again: {row['name']}, {again} ({row['why']})")
+    result = {"machine": about, "rows": rows, "goals": records, "exempt": exempt_rows}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": about, "rows": rows, "goals": records}, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {RESULT}")
 
 

@@ -21,11 +21,11 @@ from tests.pipeline.faulty_proxy import Action
 from trainer.checkpoint import newest_step
 from trainer.checkpoint_commit import step_directory
 
-BACK_WITHIN_S = 20.0
 NOTICE_S = 30.0
 EC2_NOTICE_S = 120.0
 SHORT_NOTICE_S = 15.0
 OUTAGE_S = 60.0
+NEW_DRIVER = "the next driver is started by somebody else"
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 
 
@@ -44,8 +44,12 @@ class Row:
     """It is told beforehand: no step may be lost."""
     resized: bool = False
     """The number of workers changes on the way: the losses agree, the weights' last bits need not."""
-    back_within_s: float | None = None
-    """Longest time until training goes on."""
+    timed: bool = False
+    """A kill with a spare, or a step down: training has to go on within `goals.BACK_WITHIN_S`."""
+    timed_from_last: bool = False
+    """Training does not go on between its faults: the time is that from the last."""
+    exempt: str = ""
+    """Why it has no goal for that time though something died or hung; the time is shown all the same."""
     max_cadences_lost: int = 1
     cloud: Cloud | None = None
     """The nodes have its metadata service."""
@@ -234,22 +238,32 @@ def newest_damaged(scene: Scene) -> None:
 
 
 ROWS = (
-    Row("worker-killed", "SIGKILL a worker", worker_killed, back_within_s=BACK_WITHIN_S),
-    Row("worker-frozen", "SIGSTOP a worker", worker_frozen),
-    Row("raylet-killed", "SIGKILL a raylet", raylet_killed, back_within_s=BACK_WITHIN_S),
+    Row("worker-killed", "SIGKILL a worker", worker_killed, timed=True),
+    Row(
+        "worker-frozen",
+        "SIGSTOP a worker",
+        worker_frozen,
+        exempt="no kill: it is found by its silence, silence_timeout_s (20 s) after its last sign of life",
+    ),
+    Row("raylet-killed", "SIGKILL a raylet", raylet_killed, timed=True),
     Row("node-terminated", "SIGTERM a node", node_terminated, notice=True),
     Row("node-drained", "drain, notice of 30 s", node_drained, notice=True),
     Row("cloud-notice", "cloud metadata notice (EC2)", cloud_notice, notice=True, cloud="ec2"),
-    Row("driver-killed", "SIGKILL the driver", driver_killed),
-    Row("cluster-killed", "SIGKILL the whole cluster, start another", cluster_killed),
-    Row("save-killed", "SIGKILL during a save", killed_during_save, proxied=True),
-    Row("commit-killed", "SIGKILL at the commit", killed_at_commit, proxied=True),
-    Row("load-killed", "SIGKILL during a load", killed_during_load, proxied=True),
+    Row("driver-killed", "SIGKILL the driver", driver_killed, exempt=NEW_DRIVER),
+    Row(
+        "cluster-killed",
+        "SIGKILL the whole cluster, start another",
+        cluster_killed,
+        exempt=f"{NEW_DRIVER}, and so is the cluster",
+    ),
+    Row("save-killed", "SIGKILL during a save", killed_during_save, timed=True, proxied=True),
+    Row("commit-killed", "SIGKILL at the commit", killed_at_commit, timed=True, proxied=True),
+    Row("load-killed", "SIGKILL during a load", killed_during_load, timed=True, timed_from_last=True, proxied=True),
     Row("store-down", "the store is down for 60 s", store_down),
     Row("two-drivers", "two drivers at once", two_drivers, max_cadences_lost=0),
-    Row("driver-frozen", "a driver sleeps past its lease, and wakes", frozen_driver),
-    Row("node-lost", "a node lost, none to replace it", node_lost, 2, "1:2", resized=True, back_within_s=BACK_WITHIN_S),
+    Row("driver-frozen", "a driver sleeps past its lease, and wakes", frozen_driver, exempt=NEW_DRIVER),
+    Row("node-lost", "a node lost, none to replace it", node_lost, 2, "1:2", resized=True, timed=True),
     Row("node-added", "a node added", node_added, 1, "1:2", notice=True, resized=True),
     Row("three-preemptions", "three preemptions in a row", three_preemptions, notice=True),
-    Row("newest-damaged", "the newest checkpoint damaged", newest_damaged, max_cadences_lost=2),
+    Row("newest-damaged", "the newest checkpoint damaged", newest_damaged, timed=True, max_cadences_lost=2),
 )

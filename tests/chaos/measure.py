@@ -56,7 +56,7 @@ def read_history(run: str) -> History:
 
 
 def detected_s(history: History, faults: Sequence[float]) -> float | None:
-    """From a fault to the first event of the driver that tells of it; the longest. None where nothing was told."""
+    """From a fault to the first event of the driver that tells of it; the longest. None if nothing tells of one."""
     told = [event["time"] for event in history.events if event["event"] in _FOUND]
     return _longest(_first_after(told, fault, end) for fault, end in _spans(faults))
 
@@ -64,7 +64,7 @@ def detected_s(history: History, faults: Sequence[float]) -> float | None:
 def again_s(history: History, faults: Sequence[float]) -> float | None:
     """From a fault to the end of the first step of an attempt that began after it; the longest.
 
-    None where no attempt was lost.
+    None if no attempt began after one of them: where none was lost, or training did not go on before the next fault.
     """
     waits = []
     for fault, end in _spans(faults):
@@ -83,7 +83,7 @@ def paused_s(history: History, faults: Sequence[float]) -> float | None:
 
 
 def saved_s(history: History, faults: Sequence[float]) -> float | None:
-    """From a notice to the checkpoint that the next attempt began from; the longest."""
+    """From a notice to the checkpoint that the next attempt began from; the longest. None if one led to none."""
     starts = {event["step"] for event in history.events if event["event"] == "start"}
     saves = [event["time"] for event in history.events if event["event"] == "save" and event["step"] in starts]
     return _longest(_first_after(saves, fault, end) for fault, end in _spans(faults))
@@ -160,4 +160,7 @@ def _first_after(times: Iterable[float], fault: float, end: float) -> float | No
 
 
 def _longest(waits: Iterable[float | None]) -> float | None:
-    return max((wait for wait in waits if wait is not None), default=None)
+    """None if one is missing: the others say nothing about it."""
+    found = list(waits)
+    known = [wait for wait in found if wait is not None]
+    return max(known) if known and len(known) == len(found) else None

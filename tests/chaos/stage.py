@@ -151,7 +151,7 @@ class Stage:
         )
         return {
             "detected_s": measure.detected_s(history, faults),
-            "again_s": measure.again_s(history, faults),
+            "again_s": measure.again_s(history, faults[-1:] if row.timed_from_last else faults),
             "paused_s": measure.paused_s(history, faults),
             "saved_s": measure.saved_s(history, faults) if row.notice else None,
             "steps_lost": measure.steps_lost(history),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
+from cluster.demo_run import StepError
 from pipeline.config import DataConfig
-from tests.chaos import faults, goals, measure
+from tests.chaos import chaos, faults, goals, measure
+from tests.chaos.scene import Job, Scene
 from trainer.metrics import StepRecord
 from trainer.step_numbers import sample_ids_digest
 
@@ -85,7 +89,7 @@ def test_goals_are_missed_where_a_row_failed() -> None:
         "steps lost with notice": False,
         "steps lost without notice, 1 x the cadence": True,
         "training again after a kill, with a spare, s": True,
-        "notice to committed checkpoint, s": False,
+        "notice to committed checkpoint, a smaller model, s": False,
         "samples lost or repeated": False,
         "rows whose weights differ from the undisturbed run's": False,
     }
@@ -125,3 +129,63 @@ def test_rows_without_a_goal_for_their_time_are_told_with_it() -> None:
     (found,) = goals.exempt(rows, [{"name": "driver-killed", "again_s": 34.4}])
     assert (found["name"], found["again_s"]) == ("driver-killed", 34.4)
     assert "somebody else" in found["why"]
+
+
+def test_the_time_to_a_commit_is_judged_on_the_demos_model() -> None:
+    (demo,) = (row for row in faults.ROWS if row.demo_model)
+    result = {"name": demo.name, "saved_s": 6.5, "steps_lost": 0, "samples_wrong": 0, "same_weights": None}
+    assert goal("notice to committed checkpoint, the demo's model, s", result).measured == 6.5
+    found = goals.goals_of([demo], [result], [], 50)
+    assert not any("weights" in goal.name or "smaller" in goal.name for goal in found)
+    assert chaos.holds(result)
+    assert chaos.result_of(result) == "not compared"
+
+
+def test_the_demos_model_is_the_recipe_as_it_is() -> None:
+    small, demo = Job("data", 60, 12), Job("data", 60, 12, model=())
+    assert "--model.embed-dim" in small.words("run", "2")
+    assert not [word for word in demo.words("run", "2") if word.startswith(("--model", "--data.", "--optim.base-lr"))]
+
+
+def two_drivers(folder: Path, code: int | None, words: str) -> Scene:
+    """The one that was refused is process 7, the run's is process 8; the fault was at 12.5."""
+    (folder / "log").write_text(words)
+    other = SimpleNamespace(
+        code=code, process=SimpleNamespace(pid=7), log=folder / "log", words=(folder / "log").read_text
+    )
+    holder = SimpleNamespace(process=SimpleNamespace(pid=8))
+    return cast(Scene, SimpleNamespace(drivers=[other, holder], driver=holder, faults=[12.5]))
+
+
+HELD = "error: s3://run is driven by process 8 on host since 2026-01-01 00:00:00"
+
+
+@pytest.mark.parametrize("code", [1, 75])
+def test_a_driver_that_was_refused(tmp_path: Path, code: int) -> None:
+    before = history([], {"event": "asked", "time": 5.0, "pid": 7}, {"event": "asked", "time": 14.0, "pid": 8})
+    faults.other_refused(two_drivers(tmp_path, code, HELD), before)
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "asked_by", "why"),
+    [
+        (0, HELD, 8, "ended with 0"),
+        (-9, HELD, 8, "ended with -9"),
+        (None, HELD, 8, "ended with None"),
+        (1, "error: something else", 8, "does not name process 8"),
+        (1, HELD.replace(" 8 ", " 88 "), 8, "does not name process 8"),
+        (1, HELD, 7, "began an attempt"),
+    ],
+)
+def test_a_driver_that_was_not_refused(tmp_path: Path, code: int | None, words: str, asked_by: int, why: str) -> None:
+    with pytest.raises(StepError, match=why):
+        faults.other_refused(
+            two_drivers(tmp_path, code, words), history([], {"event": "asked", "time": 14.0, "pid": asked_by})
+        )
+
+
+@pytest.mark.parametrize("lost_by", [[], ["error"], ["silence", "error"]])
+def test_a_frozen_worker_that_the_watchdog_did_not_find(lost_by: list[str]) -> None:
+    events = [{"event": "lost", "time": 1.0, "detected": how} for how in lost_by]
+    with pytest.raises(StepError, match="by its silence"):
+        faults.found_by_silence(cast(Scene, None), history([], *events))

@@ -95,25 +95,33 @@ def chosen_rows(names: str | None) -> list[Row]:
 
 
 def holds(row: dict[str, Any]) -> bool:
-    """Whether the run came to its end with every sample once, and the right losses or weights."""
+    """Whether the run came to its end with every sample once, and the right losses or weights if they are known."""
     if "error" in row or row["samples_wrong"]:
         return False
+    if row["same_weights"] is None:
+        return True
     return bool(row["loss_difference"] <= MAX_LOSS_DIFFERENCE if row["resized"] else row["same_weights"])
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """One row a fault."""
-    table = Table("Fault", "Detected in", "Training again in", "Paused", "Steps lost", "Samples wrong", "Result")
+    times = ("detected_s", "again_s", "paused_s", "saved_s")
+    heads = ("Detected in", "Training again in", "Paused", "Notice to commit")
+    table = Table("Fault", *heads, "Steps lost", "Samples wrong", "Result")
     for row in rows:
         if "error" in row:
-            table.add_row(row["what"], *[""] * 5, f"FAILED: {row['error'].splitlines()[0]}")
+            table.add_row(row["what"], *[""] * 6, f"FAILED: {row['error'].splitlines()[0]}")
             continue
-        times = [
-            f"{row[name]:.1f} s" if row[name] is not None else "-" for name in ("detected_s", "again_s", "paused_s")
-        ]
-        result = "same weights" if row["same_weights"] else f"losses within {row['loss_difference']:.1g}"
-        table.add_row(row["what"], *times, str(row["steps_lost"]), str(row["samples_wrong"]), result)
+        told = [f"{row[name]:.1f} s" if row[name] is not None else "-" for name in times]
+        table.add_row(row["what"], *told, str(row["steps_lost"]), str(row["samples_wrong"]), result_of(row))
     return table
+
+
+def result_of(row: dict[str, Any]) -> str:
+    """In words, how the run compares with the undisturbed one."""
+    if row["same_weights"] is None:
+        return "not compared"
+    return "same weights" if row["same_weights"] else f"losses within {row['loss_difference']:.1g}"
 
 
 def write_result(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from cluster.cloud_notices import Cloud
 from cluster.demo_run import StepError
+from tests.chaos.measure import History, summary
 from tests.chaos.nodes import send
 from tests.chaos.scene import Scene
 from tests.pipeline.faulty_proxy import Action
@@ -50,7 +51,11 @@ class Row:
     """Training does not go on between its faults: the time is that from the last."""
     exempt: str = ""
     """Why it has no goal for that time though something died or hung; the time is shown all the same."""
+    demo_model: bool = False
+    """It trains the demo's recipe, not a smaller one; no undisturbed run is there to compare losses and weights to."""
     max_cadences_lost: int = 1
+    check: Callable[[Scene, History], None] = lambda scene, history: None
+    """Called when the run has ended; StepError if something else is not as it should be."""
     cloud: Cloud | None = None
     """The nodes have its metadata service."""
     proxied: bool = False
@@ -70,6 +75,13 @@ def worker_killed(scene: Scene) -> None:
 def worker_frozen(scene: Scene) -> None:
     scene.wait_for_step(strike_step(scene))
     scene.strike("SIGSTOP to rank 1", lambda: os.kill(scene.rank_pid(1), STOP))
+
+
+def found_by_silence(scene: Scene, history: History) -> None:
+    """StepError unless it was the watchdog that found it, once."""
+    lost_by = summary(history)["lost_by"]
+    if lost_by != ["silence"]:
+        raise StepError(f"the frozen worker had to be found by its silence; attempts were lost by {lost_by}")
 
 
 def raylet_killed(scene: Scene) -> None:
@@ -185,7 +197,7 @@ def two_drivers(scene: Scene) -> None:
     first = scene.driver
     scene.strike("the same command a second time", scene.start_driver)
     second = scene.drivers.pop()
-    scene.drivers.insert(0, second)  # ended with the scene; the run is the first one's
+    scene.drivers.insert(0, second)  # the run is the first one's
     assert scene.driver is first
 
 
@@ -197,6 +209,18 @@ def frozen_driver(scene: Scene) -> None:
     scene.start_driver()
     scene.wait("attempt of the second driver", lambda: scene.watcher.num_attempts > 1)
     os.kill(first.process.pid, signal.SIGCONT)
+
+
+def other_refused(scene: Scene, history: History) -> None:
+    """StepError unless the driver that has not the run failed, named the one that has, and began nothing any more."""
+    other, holder = scene.drivers[0], scene.driver
+    if other.code is None or other.code <= 0:
+        raise StepError(f"the driver that has not the run ended with {other.code}, which says that nothing was wrong")
+    if f"process {holder.process.pid} on " not in other.log.read_text(errors="replace"):
+        raise StepError(f"the driver that has not the run does not name process {holder.process.pid}:\n{other.words()}")
+    asked = [event for event in history.events if event["event"] == "asked" and event["time"] > scene.faults[0]]
+    if any(event["pid"] == other.process.pid for event in asked):
+        raise StepError("the driver that has not the run began an attempt")
 
 
 def node_lost(scene: Scene) -> None:
@@ -243,11 +267,13 @@ ROWS = (
         "worker-frozen",
         "SIGSTOP a worker",
         worker_frozen,
+        check=found_by_silence,
         exempt="no kill: it is found by its silence, silence_timeout_s (20 s) after its last sign of life",
     ),
     Row("raylet-killed", "SIGKILL a raylet", raylet_killed, timed=True),
     Row("node-terminated", "SIGTERM a node", node_terminated, notice=True),
     Row("node-drained", "drain, notice of 30 s", node_drained, notice=True),
+    Row("demo-drained", "drain, notice of 30 s, the demo's model", node_drained, notice=True, demo_model=True),
     Row("cloud-notice", "cloud metadata notice (EC2)", cloud_notice, notice=True, cloud="ec2"),
     Row("driver-killed", "SIGKILL the driver", driver_killed, exempt=NEW_DRIVER),
     Row(
@@ -260,8 +286,14 @@ ROWS = (
     Row("commit-killed", "SIGKILL at the commit", killed_at_commit, timed=True, proxied=True),
     Row("load-killed", "SIGKILL during a load", killed_during_load, timed=True, timed_from_last=True, proxied=True),
     Row("store-down", "the store is down for 60 s", store_down),
-    Row("two-drivers", "two drivers at once", two_drivers, max_cadences_lost=0),
-    Row("driver-frozen", "a driver sleeps past its lease, and wakes", frozen_driver, exempt=NEW_DRIVER),
+    Row("two-drivers", "two drivers at once", two_drivers, max_cadences_lost=0, check=other_refused),
+    Row(
+        "driver-frozen",
+        "a driver sleeps past its lease, and wakes",
+        frozen_driver,
+        check=other_refused,
+        exempt=NEW_DRIVER,
+    ),
     Row("node-lost", "a node lost, none to replace it", node_lost, 2, "1:2", resized=True, timed=True),
     Row("node-added", "a node added", node_added, 1, "1:2", notice=True, resized=True),
     Row("three-preemptions", "three preemptions in a row", three_preemptions, notice=True),

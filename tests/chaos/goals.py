@@ -48,7 +48,16 @@ def goals_of(
         ),
         *worst("training again, fewer workers, s", lambda row: row.timed and row.resized, "again_s", BACK_WITHIN_S),
         *worst(
-            "notice to committed checkpoint, s", lambda row: row.notice and not row.resized, "saved_s", SAVED_WITHIN_S
+            "notice to committed checkpoint, the demo's model, s",
+            lambda row: row.notice and row.demo_model,
+            "saved_s",
+            SAVED_WITHIN_S,
+        ),
+        *worst(
+            "notice to committed checkpoint, a smaller model, s",
+            lambda row: row.notice and not row.demo_model and not row.resized,
+            "saved_s",
+            SAVED_WITHIN_S,
         ),
         *worst("samples lost or repeated", lambda row: True, "samples_wrong", 0),
         *worst(
@@ -66,6 +75,8 @@ def exempt(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def _same_weights(rows: Sequence[Row], by_name: dict[str, dict[str, Any]]) -> Iterable[Goal]:
-    compared = [by_name.get(row.name, {}).get("same_weights", False) for row in rows if not row.resized]
+    compared = [
+        by_name.get(row.name, {}).get("same_weights", False) for row in rows if not row.resized and not row.demo_model
+    ]
     if compared:
         yield Goal("rows whose weights differ from the undisturbed run's", 0, compared.count(False), at_most=True)

@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
+from cluster import ledger
 from cluster.demo_run import StepError
 from pipeline.config import DataConfig
 from tests.chaos import chaos, faults, goals, measure
@@ -69,9 +71,56 @@ def test_an_answer_that_is_missing_is_not_made_up_for_by_the_others() -> None:
     assert measure.detected_s(twice, [11.0]) == 2.0
 
 
-def test_goodput_counts_a_step_once_at_its_usual_time() -> None:
-    steps = [(1, 0.0), (2, 1.0), (3, 2.0), (3, 10.0), (4, 11.0), (5, 12.0), (99, 30.0)]
-    assert measure.goodput(steps, 0.0, 20.0) == pytest.approx(5 / 20)
+NIGHT = [(1, 0.0), (2, 1.0), (3, 2.0), (3, 10.0), (4, 11.0), (5, 12.0), (99, 30.0)]
+
+
+def test_goodput_counts_a_step_once_at_what_it_takes_undisturbed() -> None:
+    assert measure.goodput(NIGHT, 0.0, 20.0, 1.0) == pytest.approx(5 / 20)
+    slowed = [(step, 2 * time) for step, time in NIGHT]  # whatever it is that slows every step
+    assert measure.goodput(slowed, 0.0, 40.0, 1.0) == pytest.approx(5 / 40)
+
+
+def test_what_a_step_takes() -> None:
+    assert measure.median_step_s(NIGHT) == 1.0
+    with pytest.raises(StepError, match="1 steps"):
+        measure.median_step_s(NIGHT[:1])
+
+
+def test_the_ledgers_goodput_is_that_between_two_times() -> None:
+    training, loading, lost = (ledger.KINDS.index(kind) for kind in ("training", "loading", "lost_work"))
+    rows = [
+        ledger.AttemptRow(cast(Any, None), np.array(edges), np.array(kinds, dtype=np.int8))
+        for edges, kinds in (
+            ([0.0, 10.0, 30.0, 40.0], [loading, training, lost]),
+            ([40.0, 50.0, 100.0], [loading, training]),
+        )
+    ]
+    # From 20 to 60: 10 s of the first attempt, 10 s of the second.
+    assert measure.ledger_goodput(ledger.Ledger(tuple(rows)), 20.0, 60.0) == pytest.approx(20 / 40)
+
+
+OUR_NIGHT = {"name": "ours", "minutes": 20.0, "goodput": 0.9, "samples_wrong": 0}
+
+
+def test_our_night_has_goals_and_decides() -> None:
+    peer = {"name": "ray_pattern", "minutes": 20.0, "goodput": 0.4}
+    found = {goal.name: goal.met for goal in goals.goals_of([], [], [OUR_NIGHT, peer], 50)}
+    assert found == {"goodput of the bad night": True, "samples lost or repeated in the bad night": True}
+    assert chaos.night_holds(OUR_NIGHT)
+
+
+@pytest.mark.parametrize("bad", [{"samples_wrong": 16}, {"error": "it ended with 1"}])
+def test_a_night_that_went_wrong(bad: dict[str, Any]) -> None:
+    assert not all(goal.met for goal in goals.night_goals(OUR_NIGHT | bad))
+    assert not chaos.night_holds(OUR_NIGHT | bad)
+
+
+def test_a_night_without_an_answer_misses_its_goals() -> None:
+    assert not any(goal.met for goal in goals.night_goals({"name": "ours", "minutes": 20.0}))
+
+
+def test_a_short_night_says_so() -> None:
+    assert all("4 min only" in goal.name for goal in goals.night_goals(OUR_NIGHT | {"minutes": 4.0}))
 
 
 def test_the_digest_is_the_trainers() -> None:

@@ -14,6 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from cluster.demo_run import StepError
+from cluster.ledger import TRAINING, Ledger
 from pipeline import open_dataset
 from pipeline.config import DataConfig
 from pipeline.store import Store
@@ -130,17 +134,37 @@ def loss_difference(history: History, undisturbed: History) -> float:
     return max(abs(ours[step]["loss"] - theirs[step]["loss"]) for step in theirs)
 
 
-def goodput(steps: Sequence[tuple[int, float]], begin: float, end: float) -> float:
-    """The share of the time that went into steps that count: each step once, at the median time of a step.
+def median_step_s(steps: Sequence[tuple[int, float]]) -> float:
+    """The median time from the end of a step to the end of the next, in seconds.
+
+    Args:
+        steps: number and end of every step, those done again included.
+
+    Raises:
+        StepError: fewer than two steps.
+    """
+    ends = sorted(time for _, time in steps)
+    if len(ends) < 2:
+        raise StepError(f"{len(ends)} steps are too few to tell what one takes")
+    return statistics.median(after - time for time, after in itertools.pairwise(ends))
+
+
+def goodput(steps: Sequence[tuple[int, float]], begin: float, end: float, step_s: float) -> float:
+    """The share of the time that went into steps that count: each step once.
 
     Args:
         steps: number and end of every step, those done again included.
         begin: seconds since 1970.
         end: likewise.
+        step_s: what a step may take, in seconds.
     """
-    ends = sorted(time for _, time in steps if begin <= time <= end)
-    typical = statistics.median(after - time for time, after in itertools.pairwise(ends))
-    return len({step for step, time in steps if begin <= time <= end}) * typical / (end - begin)
+    return len({step for step, time in steps if begin <= time <= end}) * step_s / (end - begin)
+
+
+def ledger_goodput(ledger: Ledger, begin: float, end: float) -> float:
+    """The share of the time, in seconds since 1970, that the run's own ledger has as training that is still of use."""
+    useful = (np.diff(row.edges.clip(begin, end))[row.kinds == TRAINING].sum() for row in ledger.rows)
+    return float(sum(useful)) / (end - begin)
 
 
 def summary(history: History) -> dict[str, Any]:

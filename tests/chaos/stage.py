@@ -22,9 +22,10 @@ from tests.chaos.scene import Job, Scene
 from tests.chaos.verify_resume import different_tensors, final_tensors
 from tests.cluster.metadata_server import MetadataServer, serve_metadata
 from tests.pipeline.faulty_proxy import Faults, start_faulty_proxy
+from trainer.errors import RunError
 
 BUCKET = "chaos"
-FAILURES = (StepError, NodeError, StoreError, LocalS3Error, OSError)
+FAILURES = (StepError, NodeError, StoreError, RunError, LocalS3Error, OSError)
 """What may go wrong in a row; it is told in the table, and the next row is played."""
 UNDISTURBED = Row("undisturbed", "nothing", lambda scene: None, num_nodes=2)
 

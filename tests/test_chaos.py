@@ -99,7 +99,7 @@ def test_the_ledgers_goodput_is_that_between_two_times() -> None:
     assert measure.ledger_goodput(ledger.Ledger(tuple(rows)), 20.0, 60.0) == pytest.approx(20 / 40)
 
 
-OUR_NIGHT = {"name": "ours", "minutes": 20.0, "goodput": 0.9, "samples_wrong": 0}
+OUR_NIGHT = {"name": "ours", "minutes": 20.0, "samples_wrong": 0} | dict.fromkeys(goals.GOODPUTS, 0.9)
 
 
 def test_our_night_has_goals_and_decides() -> None:
@@ -117,6 +117,13 @@ def test_a_night_that_went_wrong(bad: dict[str, Any]) -> None:
 
 def test_a_night_without_an_answer_misses_its_goals() -> None:
     assert not any(goal.met for goal in goals.night_goals({"name": "ours", "minutes": 20.0}))
+    assert not all(goal.met for goal in goals.night_goals(OUR_NIGHT | {"goodput_ledger": None}))
+
+
+@pytest.mark.parametrize("name", goals.GOODPUTS)
+def test_the_lowest_goodput_counts(name: str) -> None:
+    goodput, _ = goals.night_goals(OUR_NIGHT | {name: 0.7})
+    assert goodput.measured == 0.7
 
 
 def test_a_short_night_says_so() -> None:

@@ -89,8 +89,7 @@ def exempt(rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> list[dict[
 
 
 def _same_weights(rows: Sequence[Row], by_name: dict[str, dict[str, Any]]) -> Iterable[Goal]:
-    compared = [
-        by_name.get(row.name, {}).get("same_weights", False) for row in rows if not row.resized and not row.demo_model
-    ]
-    if compared:
-        yield Goal("rows whose weights differ from the undisturbed run's", 0, compared.count(False), at_most=True)
+    same = [by_name.get(row.name, {}).get("same_weights") for row in rows if not row.resized and not row.demo_model]
+    if same:
+        differ = None if None in same else same.count(False)
+        yield Goal("rows whose weights differ from the undisturbed run's", 0, differ, at_most=True)

@@ -14,6 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from cluster.demo_run import StepError
+from cluster.ledger import TRAINING, Ledger
 from pipeline import open_dataset
 from pipeline.config import DataConfig
 from pipeline.store import Store
@@ -56,7 +60,7 @@ def read_history(run: str) -> History:
 
 
 def detected_s(history: History, faults: Sequence[float]) -> float | None:
-    """From a fault to the first event of the driver that tells of it; the longest. None where nothing was told."""
+    """From a fault to the first event of the driver that tells of it; the longest. None if nothing tells of one."""
     told = [event["time"] for event in history.events if event["event"] in _FOUND]
     return _longest(_first_after(told, fault, end) for fault, end in _spans(faults))
 
@@ -64,7 +68,7 @@ def detected_s(history: History, faults: Sequence[float]) -> float | None:
 def again_s(history: History, faults: Sequence[float]) -> float | None:
     """From a fault to the end of the first step of an attempt that began after it; the longest.
 
-    None where no attempt was lost.
+    None if no attempt began after one of them: where none was lost, or training did not go on before the next fault.
     """
     waits = []
     for fault, end in _spans(faults):
@@ -83,7 +87,7 @@ def paused_s(history: History, faults: Sequence[float]) -> float | None:
 
 
 def saved_s(history: History, faults: Sequence[float]) -> float | None:
-    """From a notice to the checkpoint that the next attempt began from; the longest."""
+    """From a notice to the checkpoint that the next attempt began from; the longest. None if one led to none."""
     starts = {event["step"] for event in history.events if event["event"] == "start"}
     saves = [event["time"] for event in history.events if event["event"] == "save" and event["step"] in starts]
     return _longest(_first_after(saves, fault, end) for fault, end in _spans(faults))
@@ -130,17 +134,37 @@ def loss_difference(history: History, undisturbed: History) -> float:
     return max(abs(ours[step]["loss"] - theirs[step]["loss"]) for step in theirs)
 
 
-def goodput(steps: Sequence[tuple[int, float]], begin: float, end: float) -> float:
-    """The share of the time that went into steps that count: each step once, at the median time of a step.
+def median_step_s(steps: Sequence[tuple[int, float]]) -> float:
+    """The median time from the end of a step to the end of the next, in seconds.
+
+    Args:
+        steps: number and end of every step, those done again included.
+
+    Raises:
+        StepError: fewer than two steps.
+    """
+    ends = sorted(time for _, time in steps)
+    if len(ends) < 2:
+        raise StepError(f"{len(ends)} steps are too few to tell what one takes")
+    return statistics.median(after - time for time, after in itertools.pairwise(ends))
+
+
+def goodput(steps: Sequence[tuple[int, float]], begin: float, end: float, step_s: float) -> float:
+    """The share of the time that went into steps that count: each step once.
 
     Args:
         steps: number and end of every step, those done again included.
         begin: seconds since 1970.
         end: likewise.
+        step_s: what a step may take, in seconds.
     """
-    ends = sorted(time for _, time in steps if begin <= time <= end)
-    typical = statistics.median(after - time for time, after in itertools.pairwise(ends))
-    return len({step for step, time in steps if begin <= time <= end}) * typical / (end - begin)
+    return len({step for step, time in steps if begin <= time <= end}) * step_s / (end - begin)
+
+
+def ledger_goodput(ledger: Ledger, begin: float, end: float) -> float:
+    """The share of the time, in seconds since 1970, that the run's own ledger has as training that is still of use."""
+    useful = (np.diff(row.edges.clip(begin, end))[row.kinds == TRAINING].sum() for row in ledger.rows)
+    return float(sum(useful)) / (end - begin)
 
 
 def summary(history: History) -> dict[str, Any]:
@@ -160,4 +184,7 @@ def _first_after(times: Iterable[float], fault: float, end: float) -> float | No
 
 
 def _longest(waits: Iterable[float | None]) -> float | None:
-    return max((wait for wait in waits if wait is not None), default=None)
+    """None if one is missing: the others say nothing about it."""
+    found = list(waits)
+    known = [wait for wait in found if wait is not None]
+    return max(known) if known and len(known) == len(found) else None

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.demo_run import StepError
+from cluster.ledger import read_ledger
+from pipeline.store import Store
 from tests.chaos import measure
 from tests.chaos.faults import Row
 from tests.chaos.nodes import ROOT, Cluster, ray_environment
@@ -24,11 +26,15 @@ from tests.chaos.stage import FAILURES, Stage
 EVERY_S = 120.0
 FIRST_S = 60.0
 NOTICE_S = 30.0
+CALM_S = 60.0
 NUM_STEPS = 10**6
 POLL_S = 1.0
 NIGHT = Row("night", "a bad night", lambda scene: None)
+CALM = Row("calm", "what a step takes", lambda scene: None)
 # Each worker has the whole model, as with the DDP of Ray's guides: at this size sharding costs time and saves nothing.
 WHOLE = ("--parallel.shard-size", "1")
+# Nothing may run beside the steps that the night's are measured by: what waits for the next attempt is its price.
+ALONE = ("--no-standby",)
 Steps = list[tuple[int, float]]
 """Number and end of every step."""
 
@@ -41,10 +47,12 @@ class Contender:
     cluster: Cluster
     steps: Callable[[], Steps]
     process: subprocess.Popen[bytes]
+    run: str | None = None
+    """URL of a run that has our ledger."""
 
 
 def bad_night(stage: Stage, minutes: float) -> list[dict[str, Any]]:
-    """Ours first, then Ray's pattern: a row each."""
+    """Ours first, then Ray's pattern: a row each. Before its night each trains for a minute undisturbed."""
     rows = []
     for title, contender in (
         ("A bad night: ours", ours),
@@ -53,8 +61,10 @@ def bad_night(stage: Stage, minutes: float) -> list[dict[str, Any]]:
         stage.terminal.title(title)
         row: dict[str, Any] = {"name": contender.__name__, "what": title, "minutes": minutes}
         try:
-            with contender(stage, row) as night:
-                row |= endure(stage, night, minutes)
+            with contender(stage, {}, CALM) as calm:
+                step_s = calm_step_s(calm)
+            with contender(stage, row, NIGHT) as night:
+                row |= endure(stage, night, minutes, step_s)
         except FAILURES as error:
             row["error"] = str(error)
         rows.append(row)
@@ -63,16 +73,17 @@ def bad_night(stage: Stage, minutes: float) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def ours(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
+def ours(stage: Stage, row: dict[str, Any], kind: Row) -> Iterator[Contender]:
     """`tarmac pretrain`; stopped in the morning, it has to end in order and to have every sample once."""
-    night = replace(stage, job=replace(stage.job, num_steps=NUM_STEPS, more=WHOLE))
-    with contextlib.closing(night), night.scene(NIGHT) as scene:
+    more = (*WHOLE, *ALONE) if kind is CALM else WHOLE
+    night = replace(stage, job=replace(stage.job, num_steps=NUM_STEPS, more=more))
+    with contextlib.closing(night), night.scene(kind) as scene:
 
         def steps() -> Steps:
             return [(record["step"], record["time"]) for _, record in measure.read_history(scene.run).records]
 
         scene.wait_for_step(1)
-        yield Contender("tarmac", scene.cluster, steps, scene.driver.process)
+        yield Contender("tarmac", scene.cluster, steps, scene.driver.process, scene.run)
         scene.driver.process.send_signal(signal.SIGTERM)
         code = scene.driver.process.wait(PATIENCE_S)
         if code != 75:
@@ -83,9 +94,9 @@ def ours(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
 
 
 @contextlib.contextmanager
-def ray_pattern(stage: Stage, row: dict[str, Any]) -> Iterator[Contender]:
+def ray_pattern(stage: Stage, row: dict[str, Any], kind: Row) -> Iterator[Contender]:
     """`tests.chaos.ray_pattern`, killed in the morning."""
-    out = stage.folder / "ray-pattern"
+    out = stage.folder / f"ray-pattern-{kind.name}"
     out.mkdir()
     with Cluster({}) as cluster:
         cluster.start()
@@ -125,10 +136,25 @@ def pattern_steps(out: Path) -> Steps:
     return sorted(((record["step"], record["time"]) for record in records), key=lambda pair: pair[1])
 
 
-def endure(stage: Stage, night: Contender, minutes: float) -> dict[str, Any]:
+def calm_step_s(calm: Contender) -> float:
+    """What a step takes, in seconds, when nothing happens: the median of a minute."""
+    sleep_until(calm.steps()[0][1] + CALM_S, calm)
+    return measure.median_step_s(calm.steps())
+
+
+def endure(stage: Stage, night: Contender, minutes: float, step_s: float) -> dict[str, Any]:
     """The night from the first step on: each time, a node with a worker is drained, and gone when its notice is over.
 
     A new node comes when one goes.
+
+    Args:
+        stage: for its terminal.
+        night: who trains.
+        minutes: of the night.
+        step_s: what a step takes when nothing happens.
+
+    Returns:
+        What was counted, and the goodput by several measures; `goodput` is the lowest of them.
     """
     begin = night.steps()[0][1]
     end = begin + 60 * minutes
@@ -147,12 +173,21 @@ def endure(stage: Stage, night: Contender, minutes: float) -> dict[str, Any]:
         due += EVERY_S
     sleep_until(end, night)
     steps = [(step, time) for step, time in night.steps() if time <= end]
-    distinct = len({step for step, _ in steps})
+    distinct, night_step_s = len({step for step, _ in steps}), measure.median_step_s(steps)
+    goodputs = {
+        "goodput_undisturbed": measure.goodput(steps, begin, end, step_s),
+        "goodput_own": measure.goodput(steps, begin, end, night_step_s),
+    }
+    if night.run is not None:
+        goodputs["goodput_ledger"] = measure.ledger_goodput(read_ledger(Store(night.run)), begin, end)
     return {
         "num_faults": num_faults,
         "steps": distinct,
         "steps_lost": len(steps) - distinct,
-        "goodput": measure.goodput(steps, begin, end),
+        "undisturbed_step_s": step_s,
+        "night_step_s": night_step_s,
+        **goodputs,
+        "goodput": min(goodputs.values()),
     }
 
 

@@ -27,12 +27,14 @@ PATIENCE_S = 300.0
 as it goes on."""
 
 # One rank's step takes about 0.1 s on a core: long enough to be struck in between, short enough for many rows.
-RECIPE = [
+SMALL = (
     *("--data.global-batch-size", "16", "--data.num-lanes", "8", "--data.augment.image-size", "96", "96"),
     *("--model.embed-dim", "96", "--model.depth", "4", "--model.num-heads", "3"),
     *("--model.decoder-embed-dim", "64", "--model.decoder-depth", "1", "--model.decoder-num-heads", "2"),
-    *("--optim.base-lr", "1e-2", "--log.every-steps", "1", "--log.flush-s", "0.3"),
-]
+    *("--optim.base-lr", "1e-2"),
+)
+"""What makes the demo's recipe smaller."""
+RECORDED = ("--log.every-steps", "1", "--log.flush-s", "0.3")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Job:
     num_steps: int
     cadence: int
     """Steps between checkpoints."""
+    model: tuple[str, ...] = SMALL
+    """Model and batch, as options of the demo's recipe; none for the demo's own."""
     more: tuple[str, ...] = ()
     """Further options of the recipe."""
 
@@ -50,7 +54,7 @@ class Job:
         """The command line after `tarmac`."""
         steps = ("--optim.num-steps", str(self.num_steps), "--checkpoint.every-steps", str(self.cadence))
         where = ("--data", self.dataset, "--run", run, "--num-workers", num_workers)
-        return ["pretrain", "demo", *RECIPE, *steps, *self.more, *where]
+        return ["pretrain", "demo", *self.model, *RECORDED, *steps, *self.more, *where]
 
 
 class Driver:

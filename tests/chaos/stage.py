@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from tests.chaos.scene import Job, Scene
 from tests.chaos.verify_resume import different_tensors, final_tensors
 from tests.cluster.metadata_server import MetadataServer, serve_metadata
 from tests.pipeline.faulty_proxy import Faults, start_faulty_proxy
+from trainer.errors import RunError
 
 BUCKET = "chaos"
-FAILURES = (StepError, NodeError, StoreError, LocalS3Error, OSError)
+FAILURES = (StepError, NodeError, StoreError, RunError, LocalS3Error, OSError)
 """What may go wrong in a row; it is told in the table, and the next row is played."""
 UNDISTURBED = Row("undisturbed", "nothing", lambda scene: None, num_nodes=2)
 
@@ -95,7 +96,8 @@ class Stage:
             self._kind = kind
         try:
             self._cluster.make_whole(row.num_nodes)
-            scene = Scene(self.terminal, self.job, self.url(row.name), row.num_workers, self._cluster, self.folder)
+            job = replace(self.job, model=()) if row.demo_model else self.job
+            scene = Scene(self.terminal, job, self.url(row.name), row.num_workers, self._cluster, self.folder)
             scene.proxy, scene.endpoint, scene.metadata = self._proxy, self._endpoint, self._metadata
             scene.store_down = self.s3.down
             with scene:
@@ -131,11 +133,13 @@ class Stage:
         self.terminal.title(row.what)
         result: dict[str, Any] = {"name": row.name, "what": row.what, "notice": row.notice, "resized": row.resized}
         try:
-            undisturbed = self.undisturbed
+            undisturbed = None if row.demo_model else self.undisturbed
             with self.scene(row) as scene:
                 row.disturb(scene)
                 scene.finish()
-            result |= self._measure(row, scene, undisturbed)
+            history = measure.read_history(scene.run)
+            result |= self._measure(row, scene, history, undisturbed)
+            row.check(scene, history)
             if row.resized and len(set(result["world_sizes"])) == 1:
                 raise StepError("the run ended before it was resized")
         except FAILURES as error:
@@ -143,20 +147,22 @@ class Stage:
         self.rows.append(result)
         self.terminal.say(", ".join(f"{name} {value}" for name, value in result.items() if name != "what"))
 
-    def _measure(self, row: Row, scene: Scene, undisturbed: measure.History) -> dict[str, Any]:
-        history, faults = measure.read_history(scene.run), scene.faults
-        different = different_tensors(
-            final_tensors(self.url(UNDISTURBED.name), self.job.num_steps),
-            final_tensors(scene.run, self.job.num_steps),
-        )
+    def _measure(
+        self, row: Row, scene: Scene, history: measure.History, undisturbed: measure.History | None
+    ) -> dict[str, Any]:
+        faults = scene.faults
         return {
             "detected_s": measure.detected_s(history, faults),
-            "again_s": measure.again_s(history, faults),
+            "again_s": measure.again_s(history, faults[-1:] if row.timed_from_last else faults),
             "paused_s": measure.paused_s(history, faults),
             "saved_s": measure.saved_s(history, faults) if row.notice else None,
             "steps_lost": measure.steps_lost(history),
             "samples_wrong": measure.samples_wrong(history, self.job.dataset, self.job.num_steps),
-            "same_weights": not different,
-            "loss_difference": measure.loss_difference(history, undisturbed),
+            "same_weights": None if undisturbed is None else self._has_undisturbed_weights(scene.run),
+            "loss_difference": None if undisturbed is None else measure.loss_difference(history, undisturbed),
             **measure.summary(history),
         }
+
+    def _has_undisturbed_weights(self, run: str) -> bool:
+        runs = (self.url(UNDISTURBED.name), run)
+        return not different_tensors(*(final_tensors(one, self.job.num_steps) for one in runs))

@@ -29,7 +29,6 @@ class RunProgress:
         self._num_steps = num_steps
         self._live = Live(console=console, refresh_per_second=4, transient=True, redirect_stdout=False)
         self._last: dict[str, Any] | None = None
-        self._lost_from: int | None = None
         self._printed = 0.0
         self._step_s = 0.0
 
@@ -68,8 +67,11 @@ class RunProgress:
             self._show_attempt(event)
         elif kind == "damage":
             self._say(f"checkpoint damaged, walked past: {escape(event['path'])}: {escape(event['reason'])}", "yellow")
+        elif kind == "quarantined":
+            self._say(_quarantined(event), "yellow")
         elif kind == "lost":
-            self._say(f"workers were lost: {_short(event['error'])}", "yellow")
+            after = "" if self._last is None else f" after step {self._last['step']}"
+            self._say(f"workers were lost{after}: {_short(event['error'])}", "yellow")
         elif kind == "notice":
             self._say(_notice(event), "yellow")
         elif kind == "ended" and event["outcome"] == "resized":
@@ -84,15 +86,17 @@ class RunProgress:
             self._say(f"{event['signal']}: saving a checkpoint, then stopping; once more to stop at once", "yellow")
 
     def _show_attempt(self, event: dict[str, Any]) -> None:
-        workers = f"{event['world_size']} worker" + ("s" if event["world_size"] > 1 else "")
+        workers = _counted(event["world_size"], "worker")
         where = "from the start" if event["step"] == 0 else f"from the checkpoint of step {event['step']}"
-        self._say(f"attempt {event['attempt']}: {workers}, {where}", "green")
+        again = ""
         if self._last is not None and self._last["step"] > event["step"]:
-            self._say(f"workers were lost after step {self._last['step']}; resumed by itself", "yellow")
+            again = f"; resumed by itself, {_counted(self._last['step'] - event['step'], 'step')} again"
+        self._say(f"attempt {event['attempt']}: {workers}, {where}{again}", "green")
 
     def _say(self, message: str, style: str) -> None:
         stamp = time.strftime("%H:%M:%S")
-        self._console.print(f"[dim]{stamp}[/dim] [{style}]{message}[/{style}]", highlight=False)
+        # Not wrapped: one line an event, in a file too.
+        self._console.print(f"[dim]{stamp}[/dim] [{style}]{message}[/{style}]", highlight=False, soft_wrap=True)
 
     def _print(self, record: dict[str, Any]) -> None:
         self._console.print(self._line(record), soft_wrap=True)
@@ -113,9 +117,18 @@ class RunProgress:
         return Text.from_markup("  ".join(f"[dim]{name}[/dim] {value}" for name, value in cells.items()))
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
 def _short(error: str) -> str:
     error = " ".join(error.split())
     return escape(error if len(error) <= _ERROR_CHARS else f"{error[:_ERROR_CHARS]} ...")
+
+
+def _quarantined(event: dict[str, Any]) -> str:
+    ids = f"damaged sample {event['sample_id']} was replaced by {event['replacement_id']}"
+    return f"{ids} in step {event['step']}: {_short(event['reason'])}"
 
 
 def _notice(event: dict[str, Any]) -> str:

@@ -34,7 +34,8 @@ _LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 def open_ray(*, num_cpus: int, num_gpus: float = 0.0) -> Iterator[bool]:
     """Connect to RAY_ADDRESS's cluster, or start a Ray here that ends with the block.
 
-    A local Ray listens on loopback only, and asks for a random token that nobody else has.
+    A local Ray listens on loopback only, and asks for a random token that nobody else has. What Ray and the workers log
+    is shown where this process logs from INFO on, as with `tarmac -v`; otherwise Ray's errors are.
 
     Args:
         num_cpus: logical CPUs that a local Ray must have at least.
@@ -47,7 +48,7 @@ def open_ray(*, num_cpus: int, num_gpus: float = 0.0) -> Iterator[bool]:
         UsageError: the cluster is not on this machine, and is used or open without a token.
         CommandError: this machine has fewer GPUs.
     """
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options = _log_options()
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
         check_address(address)
@@ -60,6 +61,12 @@ def open_ray(*, num_cpus: int, num_gpus: float = 0.0) -> Iterator[bool]:
         ray.init(address="local", include_dashboard=False, **options)
         _check_gpus(num_gpus)
         yield True
+
+
+def _log_options() -> dict[str, Any]:
+    """What `ray.init` is told: on the console, a run's own lines alone, or with `-v` all that there is."""
+    verbose = logging.getLogger().isEnabledFor(logging.INFO)
+    return {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
 
 
 def check_address(address: str) -> None:

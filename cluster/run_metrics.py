@@ -15,7 +15,7 @@ _TAGS = ("run",)
 class RunMetrics:
     """Follows a run from what the driver hears of it. Lives in a process that has joined a Ray cluster.
 
-    Counters begin with this process: Prometheus' `increase` knows of that, and a run's ledger has the whole.
+    Counters begin at 0 with this process, each a time series of its own; a run's ledger has the whole.
 
     Args:
         run: the run's URL without user, password and query, as `str(store)` gives it: the tag of all metrics.
@@ -26,13 +26,17 @@ class RunMetrics:
         self._counters = {name: Counter(f"tarmac_{name}", text, _TAGS) for name, text in _COUNTERS.items()}
         for metric in (*self._gauges.values(), *self._counters.values()):
             metric.set_default_tags({"run": run})
+        for counter in self._counters.values():
+            # A series that begins at its first event hides it: Prometheus' `increase` sees no step from 0. `inc` takes
+            # no 0, what is under it does.
+            counter._record(0.0)
 
     def take(self, news: News) -> None:
         """Take what came in since the last call."""
-        for event in news.events:
-            self._take_event(event)
         if news.records:
             self._take_records(news.records)
+        for event in news.events:  # after the records: workers that were lost train no more, whatever came in of theirs
+            self._take_event(event)
 
     def _take_records(self, records: list[dict[str, Any]]) -> None:
         last = records[-1]
@@ -56,7 +60,8 @@ class RunMetrics:
         elif kind == "placed":
             self._set("workers", event["num_workers"])
         elif kind in ("lost", "ended"):
-            self._set("workers", 0)
+            for name in ("workers", "images_per_second", "data_wait_ratio"):
+                self._set(name, 0)
         elif kind == "notice":
             self._add("preemption_notices_total", 1)
         elif kind == "quarantined":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -13,16 +14,19 @@ from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 from ray.util import get_node_ip_address
 
 from cluster.cli import main
 from cluster.options import UsageError
-from cluster.ray_access import check_address, reload_auth
+from cluster.ray_access import check_address, open_ray, reload_auth
 from pipeline.store import Store
+from tests.console_lines import strange_lines
 from trainer.metrics import read_events, read_metrics
 
 TINY = [
@@ -107,6 +111,31 @@ def test_a_cluster_elsewhere_must_ask_for_the_token(cluster: tuple[str, Cluster]
             assert os.environ["RAY_AUTH_MODE"] == "token"
 
 
+@pytest.mark.parametrize(
+    ("level", "shown", "rays"),
+    [(logging.WARNING, False, logging.ERROR), (logging.INFO, True, logging.INFO), (logging.DEBUG, True, logging.INFO)],
+)
+@pytest.mark.parametrize("address", [None, "127.0.0.1:6379"])
+def test_what_ray_and_the_workers_log_is_shown_with_v_alone(
+    address: str | None,
+    level: int,
+    shown: bool,
+    rays: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "init", lambda **options: given.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    caplog.set_level(level)  # of the root, as `tarmac` sets it with and without -v
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with open_ray(num_cpus=1) as local:
+        assert local == (address is None)
+    assert [(options["log_to_driver"], options["logging_level"]) for options in given] == [(shown, rays)]
+
+
 def free_port(host: str) -> int:
     with socket.create_server((host, 0)) as probe:
         return int(probe.getsockname()[1])
@@ -128,7 +157,10 @@ def test_a_local_run_listens_on_loopback_only_and_leaves_no_token(photos: list[P
             driver.send_signal(signal.SIGTERM)
             code = driver.wait(240)
         log.seek(0)
-        assert code == 75, log.read()
+        text = log.read()
+        assert code == 75, text
+    assert strange_lines(text) == [], "the console is for the run's own lines"
+    assert "attempt 1: 2 workers, from the start" in text
     workers = next(event["pids"] for event in read_events(Store(run)) if event["event"] == "start")
     assert {"gcs_server", "raylet"} <= {name for _, name, _ in listening}
     assert set(workers) <= {pid for pid, _, _ in listening}, "every worker has gloo's socket"

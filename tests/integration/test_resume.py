@@ -12,9 +12,11 @@ import psutil
 import pytest
 import torch
 from ray.cluster_utils import Cluster
+from scraping import scrape_until
 
 from cluster.cli import main
 from pipeline.store import Store
+from tests.console_lines import strange_lines
 from trainer.checkpoint import find_resume, load
 from trainer.mae import build_mae
 from trainer.metrics import read_events, read_metrics
@@ -171,8 +173,10 @@ def test_a_killed_worker_and_a_killed_driver_leave_no_trace_in_the_result(cluste
     code, text = driver.finish()
     assert code == -signal.SIGKILL
     assert "resumed by itself" in text
+    assert strange_lines(text) == []
     text = finished(cluster, dataset, run)
     assert "from the checkpoint of step" in text
+    assert strange_lines(text) == []
 
     starts = [event for event in read_events(Store(run)) if event["event"] == "start"]
     assert len(starts) >= 3
@@ -233,10 +237,29 @@ def test_the_next_attempt_is_prepared_while_one_trains_and_none_is_left_behind(c
     assert first not in controllers()
     wait_until(lambda: (len(controllers()), len(waiting())) == (2, 2))
     assert not waiting() & processes
+    check_metrics(driver, cluster.head_node.metrics_export_port)
     driver.process.terminate()
     code, text = driver.finish()
     assert code == 75, text
     wait_until(lambda: not controllers() | waiting())  # Ray ends a driver's actors soon after it
+
+
+def check_metrics(driver, port):
+    """What Prometheus reads from the driver's node, of a run of two workers that lost one of them once."""
+    run = str(driver.run)
+    exported = {"ray_tarmac_restarts_total": 1, "ray_tarmac_preemption_notices_total": 0, "ray_tarmac_workers": 2}
+
+    def trains(found):  # Ray exports every ten seconds
+        return exported.items() <= found.items() and found.get("ray_tarmac_images_per_second", 0) > 0
+
+    found = scrape_until(port, run, trains)
+    assert trains(found), found
+    assert found["ray_tarmac_checkpoints_total"] > 0
+    assert 0 <= found["ray_tarmac_data_wait_ratio"] <= 1
+    step = found["ray_tarmac_step"]
+    driver.wait_for_step(step)  # the run has it too
+    found = scrape_until(port, run, lambda found: found.get("ray_tarmac_step", 0) > step)
+    assert found["ray_tarmac_step"] > step
 
 
 def test_without_standby_nothing_waits(cluster, dataset, tmp_path):

@@ -7,19 +7,18 @@ import os
 import re
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from scraping import scrape_until
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "docs/grafana/tarmac.json").read_text())
 RUN = 's3://bucket/runs/b "quoted"'
 
-# A driver with what it hears: two looks at a run of two steps. It tells where Ray exports, and stays until it is told.
+# A driver with what it hears: nothing until it is told to go on, then two looks at a run of two steps. It tells where
+# Ray exports, and stays until it is told.
 DRIVER = """
 import sys, ray
 from cluster.ray_access import open_ray
@@ -32,6 +31,8 @@ def record(step, **changes):
 
 with open_ray(num_cpus=1):
     metrics = RunMetrics(sys.argv[1])
+    print(ray.nodes()[0]["MetricsExportPort"], flush=True)
+    sys.stdin.readline()
     metrics.take(News(events=[
         {"event": "asked", "reason": "first"}, {"event": "placed", "num_workers": 3},
         {"event": "notice"}, {"event": "lost", "error": "e"}, {"event": "ended", "outcome": "lost"},
@@ -43,7 +44,6 @@ with open_ray(num_cpus=1):
                 {"event": "save", "step": 2, "stall_s": 0.5, "seconds": 9}, {"event": "quarantined"}]))
     metrics.take(News())
     metrics.take(News(records=[record(3, loss=float("nan"), skipped=True)]))
-    print(ray.nodes()[0]["MetricsExportPort"], flush=True)
     sys.stdin.read()
 """
 
@@ -64,16 +64,6 @@ EXPECTED = {
 }
 
 
-def scrape(port: int) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """Samples by name, as Prometheus would read them."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-        found: dict[str, list[tuple[dict[str, str], float]]] = {}
-        for sample in (sample for family in families for sample in family.samples):
-            found.setdefault(sample.name, []).append((sample.labels, sample.value))
-        return found
-
-
 def names_in(dashboard: dict[str, Any]) -> set[str]:
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     queries += [
@@ -88,20 +78,86 @@ def test_prometheus_finds_what_the_dashboard_asks_for() -> None:
     command = [sys.executable, "-c", DRIVER, RUN]
     with subprocess.Popen(command, env=environment, stdin=-1, stdout=-1, text=True, cwd=ROOT) as driver:
         try:
+            assert driver.stdin is not None
             assert driver.stdout is not None
             port = int(driver.stdout.readline())
-            wanted, found = names_in(DASHBOARD), scrape(port)
-            deadline = time.monotonic() + 30
-            while not wanted <= set(found) and time.monotonic() < deadline:
-                time.sleep(0.5)
-                found = scrape(port)
+            # A series that begins at 1 has no increase: Prometheus must have seen the 0.
+            counters = {f"ray_tarmac_{name}": 0.0 for name in EXPECTED if name.endswith("_total")}
+            at_first = scrape_until(port, RUN, lambda found: counters.keys() <= found.keys())
+            assert counters.items() <= at_first.items(), at_first
+            driver.stdin.write("go on\n")
+            driver.stdin.flush()
+            expected = {f"ray_tarmac_{name}": value for name, value in EXPECTED.items()}
+            found = scrape_until(port, RUN, lambda found: expected.items() <= found.items())
         finally:
             driver.communicate(timeout=30)
     assert driver.returncode == 0
-    assert wanted == {f"ray_tarmac_{name}" for name in EXPECTED}
-    for name, value in EXPECTED.items():
-        ((labels, exported),) = found[f"ray_tarmac_{name}"]
-        assert (labels["run"], exported) == (RUN, value), name
+    assert expected.items() <= found.items(), found
+    assert names_in(DASHBOARD) == set(expected)
+
+
+class Vector(dict[str, float]):
+    """Values by series, with PromQL's `-` and, as `|`, its `or`; Python's precedence of the two is the same."""
+
+    def __sub__(self, other: Vector) -> Vector:
+        return Vector({name: self[name] - other[name] for name in self.keys() & other.keys()})
+
+    def __or__(self, other: Vector) -> Vector:  # type: ignore[override]
+        return Vector({**other, **self})
+
+
+def value_of(query: str, scrapes: dict[str, dict[int, float]], at_s: int, window_s: int) -> float | None:
+    """What a counting query of the dashboard gives for one run's series; None is no answer.
+
+    Args:
+        query: only has last_over_time of one metric, `-`, `or`, and the sum over the run's series.
+        scrapes: of each series, the values by time.
+        at_s: when it is asked.
+        window_s: what Grafana puts in the place of its variables.
+    """
+    query = re.sub(r"\$__(rate_interval|range)", f"{window_s}s", query).replace("[1h]", "[3600s]")
+    last = r"last_over_time\(ray_tarmac_\w+\{[^}]*\}\[(\d+)s\](?: offset (\d+)s)?\)"
+    python = re.sub(last, lambda match: f"last({match[1]}, {match[2] or 0})", query)
+    python = python.replace(" or ", " | ").removeprefix("sum by (run) ")
+    assert re.fullmatch(r"(?:[() |,0-9-]|last)+", python), python
+
+    def last_over_time(over_s: int, offset_s: int) -> Vector:
+        ends = at_s - offset_s
+        inside = {name: [t for t in times if ends - over_s < t <= ends] for name, times in scrapes.items()}
+        return Vector({name: scrapes[name][max(times)] for name, times in inside.items() if times})
+
+    found: Vector = eval(python, {"last": last_over_time})
+    return sum(found.values()) if found else None
+
+
+COUNTS = [
+    target["expr"]
+    for panel in DASHBOARD["panels"]
+    for target in panel["targets"]
+    if "_total" in target["expr"] and "rate(" not in target["expr"]
+]
+QUARTER_S, MINUTE_S, HOUR_S = 15, 60, 3600
+
+
+@pytest.mark.parametrize("query", COUNTS)
+def test_the_dashboard_counts_every_event_once(query: str) -> None:
+    """Two drivers, whose processes have series of their own: one counts from 0 and dies, one begins with a restart."""
+    first = {t: float(t >= 300) + 2 * (t >= 600) for t in range(0, 900, QUARTER_S)}
+    second = {
+        t: 1.0 + (t >= 1500) for t in range(1005, 2000, QUARTER_S) if not 1200 < t < 1290
+    }  # it was not seen there
+    scrapes = {"first": first, "second": second}
+    minutes = {t: value_of(query, scrapes, t, MINUTE_S) for t in range(MINUTE_S, 2040, MINUTE_S)}
+    assert {t: count for t, count in minutes.items() if count} == {300: 1, 600: 2, 1020: 1, 1500: 1}
+    assert value_of(query, scrapes, 2000, 2 * HOUR_S) == 5
+    assert value_of(query, scrapes, 2000, 1200) == 2  # first is at its end, second from its begin
+    assert value_of(query, {}, 2000, HOUR_S) is None
+
+
+def test_no_count_of_the_dashboard_is_an_increase() -> None:
+    """Which begins with a series' second value."""
+    assert len(COUNTS) == 6
+    assert "increase(" not in json.dumps(DASHBOARD)
 
 
 def test_the_dashboard_is_whole() -> None:

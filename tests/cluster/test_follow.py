@@ -188,15 +188,32 @@ def test_what_our_own_dead_driver_left_is_not_taken_for_another(run):
     assert said == [f"job first was lost: its driver ended with -9; goes on as {cluster.sent[0]}"]
 
 
+def test_the_driver_of_a_resubmitted_job_is_not_taken_for_another_either(run):
+    hold(run, "first of ours")
+    cluster, renewals = Cluster(job(FAILED, -9), job(ACTIVE)), itertools.count(1)
+
+    def renew():
+        if cluster.sent and cluster.answer.is_active:
+            hold(run, "second of ours")
+            if next(renewals) == 5:
+                cluster.answer = job(FAILED, -9)
+
+    ended, said = followed(run, cluster, *[renew] * 500)
+    assert (ended.ending, len(cluster.sent)) == (Ending.FINISHED, 2)
+    assert all("goes on as" in words for words in said)
+
+
 def test_our_failure_is_told_once_the_lease_that_our_driver_left_has_run_out(run):
     hold(run, "ours")
     ended, said = followed(run, Cluster(job(FAILED, 1, "logs:\nerror: no dataset\n")))
     assert (ended.ending, ended.reason, said) == (Ending.FAILED, "no dataset", [])
 
 
-def test_a_followed_driver_that_falls_silent_is_followed_by_a_job_of_ours(run):
-    cluster = Cluster(job(ACTIVE))
-    ended, said = followed(run, cluster, *[lambda: hold(run)] * 10, job_id=None)
+@pytest.mark.parametrize(("job_id", "answer"), [(None, None), ("first", job(FAILED, 1, "logs:\nerror: driven\n"))])
+def test_a_followed_driver_that_falls_silent_is_followed_by_a_job_of_ours(run, job_id, answer):
+    """What became of our job before that counts no more."""
+    cluster = Cluster(answer)
+    ended, said = followed(run, cluster, *[lambda: hold(run)] * 10, job_id=job_id)
     assert (ended.ending, len(cluster.sent)) == (Ending.FINISHED, 1)
     assert said[-1] == f"the run was lost: its driver is gone; goes on as {cluster.sent[0]}"
 

@@ -23,7 +23,6 @@ from cluster import (
     run_commands,
     submit_command,
 )
-from cluster.lease import LeaseError
 from cluster.log_setup import set_up_logging, without_secrets
 from cluster.options import CommandError, UsageError
 from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
@@ -100,6 +99,8 @@ def _passes(error: Exception) -> bool:
     """Whether the same command may do it a little later."""
     if type(error) is StoreError:  # its subclasses are answers
         return not isinstance(error.__cause__, ImportError)
+    from cluster.lease import LeaseError  # brings the store's packages, which `--help` needs none of
+
     return isinstance(error, (LeaseError, run_commands.LostRayError))
 
 

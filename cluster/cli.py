@@ -1,6 +1,7 @@
 """The one console entry, `tarmac`: finds the command, and turns errors into a line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 75 preempted (run the same command again).
+Exit codes: 0 done, 1 failed, 2 wrong use, 75 run the same command again: the run was preempted or stopped, another
+driver has it, or the store or Ray did not answer.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from trainer.errors import CheckpointError, RunError, TrainingError
 
 logger = logging.getLogger("cluster.cli")  # run as a program, this module has another name
 
-DONE, FAILED, WRONG_USE, PREEMPTED = 0, 1, 2, 75
+DONE, FAILED, WRONG_USE, AGAIN = 0, 1, 2, 75
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "shard": dataset_commands.shard,
@@ -55,6 +56,9 @@ _FAILURES = (
     *(StoreError, ManifestError, ShardError, SourceError),
     *(CheckpointError, RunError, TrainingError, CommandError),
 )
+
+_DRIVING = ("pretrain", "evaluate")
+"""Commands that whoever watches over a run gives again: they tell what passes from what stays."""
 
 _USAGE = "usage: tarmac [-v] COMMAND ...\n\nMasked autoencoders on a Ray cluster from tar shards in object storage.\n"
 
@@ -85,10 +89,19 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), WRONG_USE)
     except _FAILURES as error:
         logger.debug("tarmac %s", name, exc_info=True)
-        return _fail(str(error), FAILED)
+        return _fail(str(error), AGAIN if name in _DRIVING and _passes(error) else FAILED)
     except KeyboardInterrupt:
         _fail("interrupted", FAILED)
         os._exit(FAILED)  # at once: threads of Ray may wait for what will not come
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same command may do it a little later."""
+    if type(error) is StoreError:  # its subclasses are answers
+        return not isinstance(error.__cause__, ImportError)
+    from cluster.lease import LeaseError  # brings the store's packages, which `--help` needs none of
+
+    return isinstance(error, (LeaseError, run_commands.LostRayError))
 
 
 def _print_help() -> None:

@@ -7,15 +7,17 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 
 from cluster.config import JobConfig
 from cluster.driver import Driver, RunFailedError
-from cluster.lease import acquire
+from cluster.lease import Lease, LeaseError, acquire, read_lease
 from cluster.ray_access import open_ray
 from cluster.relay import News
 from cluster.stops import Stops
+from pipeline.errors import StoreError
 from pipeline.store import Store
+from trainer.errors import RunError
 from trainer.loop import StopReason
 
 __all__ = ["RunFailedError", "launch"]
@@ -43,8 +45,8 @@ def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
         on_news: called on this thread a few times a second with what the workers reported.
 
     Raises:
-        LeaseError: another driver has the run.
-        RunFailedError: a worker's error that a restart cannot mend, a crash loop, or another driver took over.
+        LeaseError: another driver has the run, or took it over.
+        RunFailedError: a worker's error that a restart cannot mend, or a crash loop.
     """
     run = Store(job.run, job.train.store)
     for name, value in _RAY_SETTINGS.items():
@@ -56,7 +58,20 @@ def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
         open_ray(num_cpus=num_cpus, num_gpus=num_gpus) as local,
         Stops(run) as stops,  # last: Ray takes SIGTERM for itself
     ):
-        return Driver(job, run, lease, stops, local=local, on_news=on_news).drive()
+        try:
+            return Driver(job, run, lease, stops, local=local, on_news=on_news).drive()
+        except RunFailedError as error:
+            if _is_taken_over(run, lease):  # whatever failed here, the run goes on
+                raise LeaseError(str(error)) from error
+            raise
+
+
+def _is_taken_over(run: Store, lease: Lease) -> bool:
+    """Whether another driver has the run, as far as the store tells."""
+    with suppress(StoreError, RunError):
+        newest = read_lease(run)
+        return newest is not None and newest.driver != lease.record.driver
+    return False
 
 
 class _RayOutput(io.TextIOBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
@@ -20,10 +21,12 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from cluster.log_setup import without_secrets
 from cluster.options import CommandError, UsageError
+from cluster.ray_access import reload_auth
 
 _REQUEST_S = 30.0
 FATAL_EXITS = (1, 2)
-"""Of `tarmac pretrain`: it failed, or was used wrongly, and would again."""
+"""Of `tarmac pretrain`: it failed, or was used wrongly, and would again. The others pass, 75 by its own word."""
+_AGAIN = 75
 _YOUNG_S = 60.0
 """A cluster whose dashboard answers may not take jobs for a while."""
 _NOT_FOUND = "status code 404"
@@ -36,6 +39,10 @@ _TALKATIVE = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modul
 
 class NoAnswerError(CommandError):
     """No cluster answers at the address, or not as one does."""
+
+
+class TokenError(CommandError):
+    """The cluster does not take our token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,8 @@ class Job:
         errors = re.findall(r"^error: (.+)$", self.message, re.MULTILINE)
         if errors and self.exit_code in FATAL_EXITS:
             return str(errors[-1])
+        if errors and self.exit_code == _AGAIN:
+            return f"its driver ended with {_AGAIN}: {errors[-1]}"
         if self.exit_code is None:
             return self.message.partition("\n")[0] or str(self.status)
         how, words = f"its driver ended with {self.exit_code}", self.message.strip().rpartition("\n")[2]
@@ -79,7 +88,7 @@ class RayJobs:
     """The jobs of the cluster whose dashboard is at a URL.
 
     With RAY_AUTH_MODE=token the client sends the token that Ray finds in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
-    ~/.ray/auth_token.
+    ~/.ray/auth_token. Every method raises TokenError where the cluster does not take it; the next one looks anew.
     """
 
     def __init__(self, address: str) -> None:
@@ -89,7 +98,7 @@ class RayJobs:
 
     def ray_version(self) -> str:
         """Of the cluster. Raises NoAnswerError."""
-        with _explained(self.address):
+        with self._explained():
             return str(self._client()._server_ray_version)
 
     def submit(self, **request: Any) -> str:
@@ -97,12 +106,12 @@ class RayJobs:
         retrying = Retrying(
             stop=stop_after_delay(_YOUNG_S), wait=wait_fixed(1), retry=retry_if_exception(_is_young), reraise=True
         )
-        with _explained(self.address):
+        with self._explained():
             return str(retrying(self._client().submit_job, **request))
 
     def get(self, job_id: str) -> Job | None:
         """The job, or None if this cluster has never heard of it. Raises NoAnswerError."""
-        with _explained(self.address):
+        with self._explained():
             try:
                 return _job(self._client().get_job_info(job_id))
             except RuntimeError as error:
@@ -112,7 +121,7 @@ class RayJobs:
 
     def named(self, prefix: str) -> list[Job]:
         """Jobs whose id is `prefix` and a number, by number. Raises NoAnswerError."""
-        with _explained(self.address):
+        with self._explained():
             found = [_job(details) for details in self._client().list_jobs() if details.submission_id]
         pattern = re.compile(rf"{re.escape(prefix)}(\d+)")
         numbered = {int(match[1]): job for job in found if (match := pattern.fullmatch(job.id))}
@@ -120,19 +129,35 @@ class RayJobs:
 
     def stop(self, job_id: str) -> bool:
         """End the job's process; whether it ran. Raises NoAnswerError."""
-        with _explained(self.address):
+        with self._explained():
             return bool(self._client().stop_job(job_id))
 
     def log(self, job_id: str) -> str:
         """All that the job has printed. Raises NoAnswerError."""
-        with _explained(self.address):
+        with self._explained():
             return str(self._client().get_job_logs(job_id))
 
     async def follow_log(self, job_id: str) -> AsyncIterator[str]:
-        """What the job has printed, and prints until it ends. Raises NoAnswerError."""
-        with _explained(self.address):
-            async for text in self._client().tail_job_logs(job_id):
+        """What the job has printed, and prints until it ends. Raises NoAnswerError, also if the head falls silent."""
+        with self._explained():
+            texts = aiter(self._client().tail_job_logs(job_id))
+            while (text := await self._next_text(texts, job_id)) is not None:
                 yield text
+
+    async def _next_text(self, texts: AsyncIterator[str], job_id: str) -> str | None:
+        """The log's next text, however long it takes while the job runs; None at its end.
+
+        Ray's client waits for ever for a text. So while none comes, the job is asked after: that has a deadline.
+        """
+        waiting = asyncio.ensure_future(anext(texts, None))
+        try:
+            while not (await asyncio.wait({waiting}, timeout=_REQUEST_S))[0]:
+                job = await asyncio.to_thread(self.get, job_id)
+                if job is None or not job.is_active:
+                    return None
+            return waiting.result()
+        finally:
+            waiting.cancel()
 
     def _client(self) -> _Client:
         if self._connected is None:
@@ -141,6 +166,30 @@ class RayJobs:
             with _without(_OVERRIDES):
                 self._connected = _Client(self.address)
         return self._connected
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Ray's client raises what its libraries do, and RuntimeError for an answer that it did not expect."""
+        try:
+            yield
+        except AuthenticationError as error:
+            self._connected = None  # it keeps its token; the next one takes what is there by then
+            reload_auth()
+            reason = str(error).partition("\n")[0]
+            raise TokenError(
+                f"the cluster at {self.address} wants Ray's authentication token ({reason}); "
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, or put the token into ~/.ray/auth_token"
+            ) from error
+        except RuntimeError as error:  # an answer, but not the one that Ray's client expected
+            raise NoAnswerError(
+                f"the Ray cluster at {self.address} did not do it: {_reason(error)}; give the command again, and if "
+                "that does not help, look into logs/dashboard.log of Ray's session on its head"
+            ) from error
+        except (OSError, ValueError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
+            raise NoAnswerError(
+                f"no Ray cluster answers at {self.address} ({_reason(error)}); give the URL of its dashboard, "
+                "and check that this machine can reach it"
+            ) from error
 
 
 def check_address(address: str) -> str:
@@ -182,26 +231,6 @@ def _job(details: JobDetails) -> Job:
         message=details.message or "",
         metadata=dict(details.metadata or {}),
     )
-
-
-@contextmanager
-def _explained(address: str) -> Iterator[None]:
-    """Ray's client raises what its libraries do, and RuntimeError for an answer that it did not expect."""
-    try:
-        yield
-    except AuthenticationError as error:
-        reason = str(error).partition("\n")[0]
-        raise CommandError(
-            f"the cluster at {address} wants Ray's authentication token ({reason}); "
-            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH, or put the token into ~/.ray/auth_token"
-        ) from error
-    except RuntimeError as error:  # an answer, but not the one that Ray's client expected
-        raise NoAnswerError(f"the Ray cluster at {address} did not do it: {_reason(error)}") from error
-    except (OSError, ValueError, aiohttp.ClientError) as error:  # requests' errors are OSErrors
-        raise NoAnswerError(
-            f"no Ray cluster answers at {address} ({_reason(error)}); give the URL of its dashboard, "
-            "and check that this machine can reach it"
-        ) from error
 
 
 def _reason(error: Exception) -> str:

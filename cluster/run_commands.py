@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from pipeline.store import Store
 
 
+class LostRayError(CommandError):
+    """Ray is not there, or went away under a driver. The run is in its bucket, and goes on with the next one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions:
     """Pretrain a masked autoencoder, here, on a local Ray or on the cluster of RAY_ADDRESS.
 
     The same command again goes on from the newest checkpoint that verifies. SIGTERM or Ctrl-C saves a checkpoint,
-    stops, and exits with 75.
+    stops, and exits with 75; so does a driver that cannot go on for now, as when the store does not answer.
 
     Example: tarmac pretrain mae_base_800ep --data s3://bucket/imagenet/train --run s3://bucket/runs/b \\
         --num-workers 8 --gpus-per-worker 1
@@ -119,7 +123,11 @@ def drive(job: JobConfig, run: Store, total: int, console: Console) -> int:
 
     Raises:
         CommandError: the run failed.
+        LostRayError: Ray is not there, or went away.
+        LeaseError: another driver has the run.
     """
+    from ray.exceptions import AuthenticationError, RayError, RayTaskError
+
     from cluster.launch import RunFailedError, launch
     from cluster.progress import RunProgress
     from trainer.checkpoint import newest_step
@@ -133,6 +141,13 @@ def drive(job: JobConfig, run: Store, total: int, console: Console) -> int:
             reason = launch(job, on_news=progress.show)
     except RunFailedError as error:
         raise CommandError(str(error)) from error
+    except RayTaskError:
+        raise  # an error in our own code
+    except (RayError, ConnectionError) as error:  # the latter of `ray.init`
+        what = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, AuthenticationError):
+            raise CommandError(f"{what}; set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token") from error
+        raise LostRayError(f"Ray does not answer the driver ({what}); the same command goes on") from error
     if reason is StopReason.FINISHED:
         say(console, f"finished: {job.run} is at step {total} of {total}")
         return 0

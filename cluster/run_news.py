@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.relay import News
 from pipeline.store import Store
-from trainer.metrics import ATTEMPTS, DRIVER_EVENTS, EVENTS, Event
+from trainer.metrics import ATTEMPTS, DRIVER_EVENTS, EVENTS, Event, with_nan
 
 
 class RunNews:
@@ -45,7 +45,7 @@ class RunNews:
         parts = [entry.path for entry in entries if entry.path.startswith(f"{directory}/metrics-")]
         new = [part for part in parts if part not in self._parts_seen]
         for part in new[-1:] if self._is_first else new:
-            news.records += self._lines(part)
+            news.records += [dict(with_nan(line)) for line in self._lines(part)]
         self._parts_seen.update(new)
 
     def _lines(self, path: str) -> list[dict[str, Any]]:

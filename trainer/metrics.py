@@ -250,7 +250,7 @@ def read_metrics(run: Store) -> list[StepRecord]:
     """The step records of a run in the order of their steps; of a step done twice, the latest attempt's."""
     by_step: dict[int, StepRecord] = {}
     for _, records in _read_lines(run, _PART):
-        by_step.update({record["step"]: _with_nan(record) for record in records})
+        by_step.update({record["step"]: with_nan(record) for record in records})
     return [by_step[step] for step in sorted(by_step)]
 
 
@@ -268,7 +268,8 @@ def _to_json(record: Mapping[str, Any]) -> str:
     return json.dumps(finite)
 
 
-def _with_nan(record: dict[str, Any]) -> StepRecord:
+def with_nan(record: dict[str, Any]) -> StepRecord:
+    """A step record as it was before JSON, which has null for what is not finite."""
     return cast(StepRecord, {name: math.nan if value is None else value for name, value in record.items()})
 
 

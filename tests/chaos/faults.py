@@ -202,8 +202,11 @@ def two_drivers(scene: Scene) -> None:
 
 
 def frozen_driver(scene: Scene) -> None:
-    """A driver that stands still loses its lease; when it wakes, it must not touch the run."""
-    scene.wait_for_step(strike_step(scene))
+    """A driver that stands still loses its lease; when it wakes, it must not touch the run.
+
+    It is struck early: its workers train on until they would save under a lease that is no longer theirs.
+    """
+    scene.wait_for_step(scene.job.cadence * 2 // 5)
     first = scene.driver
     scene.strike("SIGSTOP to the driver, and the same command again", lambda: os.kill(first.process.pid, STOP))
     scene.start_driver()

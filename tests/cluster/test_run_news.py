@@ -1,7 +1,12 @@
 """What `submit --wait` hears of a run from its bucket."""
 
+import io
+import math
+
+from rich.console import Console
 from run_folders import NOW, record, write_lines
 
+from cluster.progress import RunProgress
 from cluster.run_news import RunNews
 from pipeline.store import Store
 
@@ -32,3 +37,15 @@ def test_a_run_that_has_not_begun_has_no_news(tmp_path):
     assert news.take().records == []
     write_lines(Store(str(tmp_path / "none")), 1, "metrics-000000.jsonl", [record(1), record(2)])
     assert [item["step"] for item in news.take().records] == [1, 2]
+
+
+def test_a_step_whose_loss_was_not_finite_is_shown(tmp_path):
+    """The bucket has null for it."""
+    run, out = Store(str(tmp_path)), io.StringIO()
+    write_lines(run, 1, "metrics-000000.jsonl", [record(7) | {"loss": None, "grad_norm": None, "skipped": True}])
+    news = RunNews(run).take()
+    assert math.isnan(news.records[0]["loss"])
+    with RunProgress(Console(file=out, width=200, force_terminal=False), num_steps=20) as progress:
+        progress.show(news)
+    assert "step 7 was skipped: loss nan, gradient norm nan" in out.getvalue()
+    assert "loss nan" in out.getvalue().splitlines()[-1]  # the progress line

@@ -193,6 +193,8 @@ def test_the_pinned_environment_has_what_a_job_needs_and_leaves_ray_alone(tmp_pa
             "failed, last logs:\nTraceback\nImportError: s3://u:p@host/x\n",
             "its driver ended with 1: ImportError: s3://host/x",
         ),
+        (75, "failed, last logs:\nerror: no answer\n", "its driver ended with 75: no answer"),
+        (75, "failed, last logs:\nstopped at step 7", "its driver ended with 75"),
         (-9, "failed, last logs:\nstep 3/20", "its driver ended with -9"),
         (None, "no node has room\nmore", "no node has room"),
     ],

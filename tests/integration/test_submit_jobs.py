@@ -199,3 +199,25 @@ def test_a_failure_that_would_come_again_is_not_submitted_again(head, dataset, t
     assert "third failed:" in text
     assert "tarmac verify" in text
     assert "goes on as" not in text
+
+
+def test_a_head_that_dies_and_comes_back_gets_the_run_again_and_it_goes_on_to_its_end(head, dataset, tmp_path):
+    """The last test of this module: the head that it leaves knows of no job before."""
+    url, num_steps = tmp_path / "fourth", 600
+    run = Store(str(url))
+    waiting = Waiting(head, words(head, dataset, url, "--optim.num-steps", str(num_steps)), tmp_path / "wait.log")
+    waiting.until(lambda: last_step(run) >= 10)
+    head.kill()
+    assert read_state(run).state != "finished"
+    waiting.until(lambda: "Asking again" in waiting.output())
+    head.start()
+    code, text = waiting.finish()
+    assert code == 0, text
+    assert f"no Ray cluster answers at {head.address}" in text
+    assert "goes on as tarmac-fourth-" in text
+    assert read_state(run).state == "finished"
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, num_steps + 1))
+    starts = [event["step"] for event in read_events(run) if event["event"] == "start"]
+    assert len(starts) >= 2
+    assert starts[-1] > 0
+    assert starts[-1] % 7 == 0

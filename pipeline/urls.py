@@ -30,16 +30,29 @@ def check_url(url: str) -> None:
     Raises:
         ValueError: it has a user, a password or a query. Bare paths have none.
     """
-    scheme, *rest = url.split("://")
-    scheme = scheme.rpartition(":")[2].lower()  # the last of a chain: simplecache::s3
-    pattern = _BUCKET if scheme in ("s3", "s3a") else _HOST
-    authorities = [re.sub(r"::\w+$", "", re.split("[/?#]", part, maxsplit=1)[0]) for part in rest]
-    login = any(not pattern.fullmatch(authority) for authority in authorities)
-    literal = scheme in _LITERAL
-    if login or (rest and not literal and without_secrets(url) != url):
-        # What follows a ':' may be a key whose '@' was forgotten.
-        shown = re.sub(r"(://[^/:]*:).*", r"\g<1>...", without_secrets(url)) if login else without_secrets(url)
+    clean = without_secrets(url)
+    login = not all(map(_is_host, _authorities(url)))
+    if login or (clean != url and _scheme(url) not in _LITERAL):
+        # What follows a ':' may be a key whose '@' was forgotten, and what is before it a key's id.
+        shown = clean if all(map(_is_host, _authorities(clean))) else f"{_scheme(url)}://..."
         raise ValueError(
             f"store url {shown!r} must have no user, password or query, and a bucket's name no ':': they would be kept "
             "in records and logs; credentials come from the standard chain of the storage, such as AWS's"
         )
+
+
+def _scheme(url: str) -> str:
+    """The last one of a chain: s3 of simplecache::s3://bucket."""
+    return url.partition("://")[0].rpartition(":")[2].lower()
+
+
+def _authorities(url: str) -> list[tuple[str, str]]:
+    """Scheme, and what stands between the // and the next /; more than one in a chain, none in a bare path."""
+    places = url.split("://")[1:]
+    return [(_scheme(url), re.sub(r"::\w+$", "", re.split("[/?#]", place, maxsplit=1)[0])) for place in places]
+
+
+def _is_host(authority: tuple[str, str]) -> bool:
+    """Whether it is a host or a bucket, and nothing more but a port."""
+    scheme, name = authority
+    return bool((_BUCKET if scheme in ("s3", "s3a") else _HOST).fullmatch(name))

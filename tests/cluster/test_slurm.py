@@ -76,7 +76,7 @@ def test_a_finished_run_ends_the_job(calls: Path) -> None:
     assert {"--nodes=1", "--nodelist=node1", "--head", "--node-ip-address=192.0.2.7", "--port=24567"} <= set(head)
     assert {"--nodes=2", "--exclude=node1", "--address=192.0.2.7:24567"} <= set(workers)
     assert "--head" not in workers
-    assert [["health-check", "--address", "192.0.2.7:24567"]] == [call[3:] for call in recorded(calls, "ray")]
+    assert [call[3:] for call in recorded(calls, "ray")] == [["health-check", "--address", "192.0.2.7:24567"]]
     assert recorded(calls, "scontrol", "requeue") == []
 
 

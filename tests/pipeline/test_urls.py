@@ -13,6 +13,7 @@ from pipeline.urls import check_url, without_secrets
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
+        ("Custom endpoint `http://me:wo/rd@host:80` was not valid", "Custom endpoint `http://host:80` was not valid"),
         ("no s3://me:word@bucket/a?token=1 there", "no s3://bucket/a there"),
         ("https://token@host/a", "https://host/a"),
         ("http://me:word@host:80/a", "http://host:80/a"),
@@ -56,7 +57,13 @@ def test_other_texts_stay_as_they_are(text: str) -> None:
 
 BAD = [
     *("s3://me:hidden@bucket/a", "s3://hidden@bucket/a", "s3a://bucket/a?sig=hidden", "s3://KEY:SEC/hidden@bucket/x"),
-    *("s3://KEY:5/hidden@bucket/x", "s3://KEY:hidden/bucket", "gs://me:hidden@bucket/a", "gs://bucket/a?hidden"),
+    *(
+        "s3://KEY:5/hidden@bucket/x",
+        "s3://KEY:hidden/bucket",
+        "s3://hidden:hidden/bucket",
+        "gs://me:hidden@bucket/a",
+        "gs://bucket/a?hidden",
+    ),
     *("sftp://me:hidden@host/a", "sftp://hidden@host/a", "http://me:hidden@host:80/a", "https://host/a?sig=hidden"),
     *("https://me:hid/hidden@host/a", "memory://me:hidden@host/a", "simplecache::s3://me:hidden@bucket/a"),
 ]

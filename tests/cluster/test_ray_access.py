@@ -29,7 +29,7 @@ TINY = [
     *("--data.global-batch-size", "12", "--data.num-lanes", "6", "--data.augment.image-size", "64", "64"),
     *("--model.embed-dim", "32", "--model.depth", "2", "--model.num-heads", "2"),
     *("--model.decoder-embed-dim", "32", "--model.decoder-depth", "1", "--model.decoder-num-heads", "2"),
-    *("--parallel.precision", "fp32", "--optim.num-steps", "4000", "--log.every-steps", "1", "--log.flush-s", "0.3"),
+    *("--parallel.precision", "fp32", "--optim.num-steps", "40000", "--log.every-steps", "1", "--log.flush-s", "0.3"),
 ]
 ELSEWHERE = "192.0.2.77:6379"  # TEST-NET-1: nobody is there
 

@@ -93,7 +93,7 @@ def _source_path(path: str) -> Path:
     package, _, rest = path.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"the demo photographs need the package {package}: pip install 'tarmac[demo]'")
+        raise FileNotFoundError(f"the demo photographs need the package {package}: pip install '.[demo]' in a checkout")
     source = Path(spec.submodule_search_locations[0]) / rest
     if not source.is_file():
         raise FileNotFoundError(f"{source} is not there: this release of {package} has other photographs")

@@ -22,7 +22,7 @@ from cluster.capacity import worker_resources
 from cluster.config import JobConfig
 from cluster.host_memory import keep_freed
 from cluster.lease import LeaseRecord
-from cluster.log_setup import without_secrets
+from cluster.log_setup import redact_logs, without_secrets
 from cluster.process_group import torch_config
 from cluster.relay import Worker, this_environment, this_worker
 from cluster.standby import Standby, imports_first
@@ -129,6 +129,7 @@ class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         self._taken: PlacementGroup | None = None
 
     def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> None:
+        redact_logs()  # the controller is a process of Ray's, and logs what it hears of the workers' errors
         while True:
             attempt, wanted = ray.get(self._relay.begun.remote(self._attempt, self._num_workers))
             if attempt == self._attempt and wanted == self._num_workers:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.urls import without_secrets
+
+__all__ = ["redact_logs", "set_up_logging", "without_secrets"]
 
 _OURS = ("pipeline", "trainer", "cluster")
-_URL = re.compile(r"(?P<scheme>\b[a-zA-Z][\w+.-]*://)(?:[^/\s\"'@?]*@)?(?P<rest>[^\s\"'?]*)(?:\?[^\s\"']*)?")
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -15,6 +19,7 @@ def set_up_logging(verbose: bool) -> None:
 
     Others' debugging stays out: botocore's has the headers of requests, session token and all.
     """
+    redact_logs()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
@@ -23,11 +28,42 @@ def set_up_logging(verbose: bool) -> None:
             logging.getLogger(package).setLevel(logging.DEBUG)
 
 
-def without_secrets(text: str) -> str:
-    """`text` with every URL in it stripped of user, password and query."""
-    return _URL.sub(r"\g<scheme>\g<rest>", text)
+def redact_logs() -> None:
+    """Keep the secrets of URLs out of every record that this process logs from now on, whoever handles it.
+
+    Ray Train has its own handlers in place, for files and the console, before a worker's function begins.
+    """
+    factory = logging.getLogRecordFactory()
+    if not isinstance(factory, _Redacted):
+        logging.setLogRecordFactory(_Redacted(factory))
+
+
+class _Redacted:
+    """A factory of log records, which takes the secrets out of those of another one: text, traceback and stack."""
+
+    def __init__(self, factory: Callable[..., logging.LogRecord]) -> None:
+        self._factory = factory
+
+    def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = self._factory(*args, **kwargs)
+        try:
+            text = record.getMessage()
+        except Exception:  # arguments that do not fit: logging itself tells, and shows them
+            text = f"{record.msg} {record.args}"
+        if (clean := without_secrets(text)) != text:
+            record.msg, record.args = clean, ()
+        if record.exc_info and record.exc_info[0] is not None:
+            text = _PLAIN.formatException(record.exc_info)
+            if (clean := without_secrets(text)) != text:
+                record.exc_text = clean  # which formatters take in place of their own
+        if record.stack_info:
+            record.stack_info = without_secrets(record.stack_info)
+        return record
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return without_secrets(super().format(record))
+
+
+_PLAIN = logging.Formatter()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,7 @@ from cluster.manifests import (
     DRAIN_S,
     Cloud,
     check_drain,
+    check_install,
     check_name,
     check_quantity,
     check_url,
@@ -87,7 +87,7 @@ class OwnKuberayOptions(SharedOptions):
     toleration: tuple[str, ...] = ()
     """TAINT=VALUE of NoSchedule taints of your own that workers tolerate."""
     ft_redis_address: str | None = None
-    """host:port of a Redis that keeps the head's state, so that its pod can be replaced under the run."""
+    """host:port of a Redis that keeps the head's state; of little use to a RayJob, see docs/kubernetes.md."""
     ft_redis_secret: str | None = None
     """Kubernetes Secret with Redis' `password`."""
 
@@ -123,8 +123,9 @@ class OwnRayUpOptions(SharedOptions):
     """Machine type of the head; by default m6i.xlarge, n2-standard-4."""
     worker_type: str | None = None
     """Machine type of workers; by default g6.4xlarge, g2-standard-16, each with one L4."""
-    install: str = f"tarmac[gpu]=={metadata.version('tarmac')}"
-    """pip requirement that every node installs; may be a URL."""
+    install: str | None = None
+    """What pip installs on every node; must be given: a wheel here, which `ray up` copies to them, or a requirement
+    with a URL, as in 'tarmac[gpu] @ https://host/tarmac-0.1.0-py3-none-any.whl' or git+https://host/tarmac@COMMIT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,8 @@ class RayUpOptions(PretrainOptions, OwnRayUpOptions):
     """Print a cluster file for `ray up`, with the commands that start the run on it as its heading.
 
     Example: tarmac manifests ray-up mae_base_800ep --data s3://bucket/imagenet/train --run s3://bucket/runs/b \\
-        --cloud aws --num-workers 8 --gpus-per-worker 1 --identity tarmac-bucket --out cluster.yaml
+        --cloud aws --num-workers 8 --gpus-per-worker 1 --identity tarmac-bucket \\
+        --install dist/tarmac-0.1.0-py3-none-any.whl --out cluster.yaml
     """
 
 
@@ -190,7 +192,7 @@ def kuberay(arguments: list[str]) -> int:
 
 def ray_up(arguments: list[str]) -> int:
     """A cluster file for `ray up`."""
-    usage = "manifests ray-up RECIPE --data URL --run URL --cloud aws|gcp [field overrides]"
+    usage = "manifests ray-up RECIPE --data URL --run URL --cloud aws|gcp --install WHEEL|URL [field overrides]"
     recipe, arguments = take_recipe("manifests ray-up", arguments, usage, RayUpOptions.__doc__ or "")
     missing = dict.fromkeys(("data", "run", "cloud"), tyro.MISSING)
     default = RayUpOptions(**missing, train=recipes.get(recipe))
@@ -212,7 +214,7 @@ def ray_up(arguments: list[str]) -> int:
         nodes=nodes_of(job, options.workers_per_node),
         spot=options.spot,
         drain_s=_drain_s(options, cloud),
-        install=options.install,
+        install=check_install(options.install),
         environment=plain_environment(options.env),
     ).manifest()
     command = pretrain_command(recipe, job, overrides).replace(" pretrain ", " submit ", 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from cluster.manifests import Nodes
@@ -35,12 +36,13 @@ class RayUp:
     nodes: Nodes
     spot: bool
     drain_s: int
-    install: str
-    """A pip requirement."""
+    install: str | Path
+    """A pip requirement, or a wheel of this machine, which goes to the nodes as the token does."""
     environment: Mapping[str, str]
 
     def manifest(self) -> dict[str, Any]:
         """The document for `ray up`."""
+        install, mounts = self._install()
         workers = {"CPU": self.nodes.num_cpus, **({"GPU": self.nodes.num_gpus} if self.nodes.num_gpus else {})}
         return {
             "cluster_name": self.name,
@@ -60,11 +62,18 @@ class RayUp:
             },
             "head_node_type": "head",
             # The token travels over ssh; it is not in this file.
-            "file_mounts": {f"/home/{_USER}/{_TOKEN}": f"~/{_TOKEN}"},
-            "setup_commands": [f"pip install --upgrade {shlex.quote(self.install)}"],
+            "file_mounts": {f"/home/{_USER}/{_TOKEN}": f"~/{_TOKEN}", **mounts},
+            "setup_commands": [f"pip install --upgrade {shlex.quote(install)}"],
             "head_start_ray_commands": ["ray stop", self._start(head=True)],
             "worker_start_ray_commands": ["ray stop", self._start(head=False)],
         }
+
+    def _install(self) -> tuple[str, dict[str, str]]:
+        """What pip is told, and the file that it needs for that: path on the nodes -> path here."""
+        if isinstance(self.install, str):
+            return self.install, {}
+        there = f"/home/{_USER}/{self.install.name}"
+        return f"{there}[gpu]", {there: str(self.install)}
 
     def _provider(self) -> dict[str, Any]:
         provider = {"type": self.cloud, "region": self.region, "availability_zone": self.zone}

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ import yaml
 
 from cluster.config import JobConfig
 from cluster.options import UsageError
+from pipeline.urls import without_secrets
 
 Cloud = Literal["aws", "gcp", "azure"]
 
@@ -23,6 +25,7 @@ DRAIN_S = {"aws": 90, "gcp": 10, "azure": 20}
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")
 """KubeRay makes names of pods and services of it by appending to it; GCP allows as much for labels."""
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
+_REQUIREMENT = re.compile(r"://|\.whl$")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 
@@ -85,6 +88,34 @@ def check_url(name: str, url: str) -> None:
             f"--{name} ({plain} with a user or a query) must hold no secret: manifests are kept and shown; leave that "
             "out and give the nodes a role"
         )
+
+
+def check_install(install: str | None) -> str | Path:
+    """What nodes install: a wheel of this machine, or a pip requirement that says where from.
+
+    Raises:
+        UsageError: it is a name that pip would look up in an index, holds a secret, or names no wheel that is here.
+    """
+    forms = (
+        "a wheel here (`pip wheel --no-deps --wheel-dir dist .`), or a requirement with the URL of a wheel or of git"
+    )
+    if install is None or not _REQUIREMENT.search(install):
+        given = f"--install ({install})" if install else "ray-up needs --install, which"
+        raise UsageError(
+            f"{given} must be {forms}: Tarmac is not on PyPI, and the package `tarmac` there is somebody else's code, "
+            "which would run with the cluster's token and the bucket's role"
+        )
+    plain = install.replace("ssh://git@", "ssh://")  # everybody's user, who holds no secret
+    if without_secrets(plain) != plain:
+        raise UsageError(
+            f"--install ({without_secrets(install)} with a user, password or query) must hold no secret: manifests are "
+            "kept and shown; put the wheel where the nodes need none, or give one of this machine"
+        )
+    if "://" in install:
+        return install
+    if not Path(install).is_file():
+        raise UsageError(f"--install ({install}) must be a wheel that is here; make it with `pip wheel --no-deps .`")
+    return Path(install).resolve()
 
 
 def check_name(name: str, value: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,12 +52,28 @@ def train_worker(payload: dict[str, Any]) -> str:
     try:
         with _Heartbeat(seat):
             return _train_rank(job, seat)
-    except PeerError:
-        raise  # the other rank tells why
     except Exception as error:
-        fatal = isinstance(error, _FATAL)
-        ray.get(seat.relay.note_error.remote(seat.attempt, one_line(error), fatal))
-        raise
+        if not isinstance(error, PeerError):  # then the other rank tells why
+            fatal = isinstance(error, _FATAL)
+            ray.get(seat.relay.note_error.remote(seat.attempt, one_line(error), fatal))
+        leaving = redacted(error)
+        if leaving is error:
+            raise
+    raise leaving  # out here, where it has no context for Ray to print
+
+
+class RedactedError(Exception):
+    """An error that had a secret of a URL in it: its traceback without that."""
+
+
+def redacted(error: Exception) -> Exception:
+    """The error itself if no secret of a URL is in its traceback, or a RedactedError.
+
+    Ray prints what a worker raises, sends it to other processes and keeps it in their logs.
+    """
+    text = "".join(traceback.format_exception(error))
+    clean = without_secrets(text)
+    return error if clean == text else RedactedError(clean)
 
 
 def one_line(error: Exception) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -23,6 +22,7 @@ from pipeline.config import StoreConfig
 from pipeline.errors import StoreChangedError, StoreError, StoreNotFoundError
 from pipeline.store_backend import Backend, Pin, Sink, is_temporary
 from pipeline.store_local import LocalBackend
+from pipeline.urls import check_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +76,12 @@ class Store:
     """Objects under one URL. Picklable; usable from threads, forked and spawned processes.
 
     Args:
-        url: any fsspec URL or a bare local path. Credentials and endpoints come from the standard chains only.
+        url: any fsspec URL or a bare local path, without user, password and query. Credentials and endpoints come
+            from the standard chains only.
         config: timeouts and retries.
 
     Raises:
-        ValueError: the URL names no bucket.
+        ValueError: the URL names no bucket, or may hold a secret.
         StoreError: the URL's protocol is unknown, or its package is not installed.
     """
 
@@ -92,10 +93,10 @@ class Store:
         self._backends: dict[int, Backend] = {os.getpid(): backend}
 
     def __repr__(self) -> str:
-        return f"Store({_redacted(self.url)!r})"
+        return f"Store({self.url!r})"
 
     def __str__(self) -> str:
-        return _redacted(self.url)
+        return self.url
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, StoreConfig]]:
         return Store, (self.url, self.config)
@@ -241,11 +242,7 @@ class Store:
             raise
         except Exception as error:
             kind, reason, remedy = self._backend.explain(error)
-            secret = _user_info(self.url)
-            message = f"{self}/{path}".rstrip("/") + f": {reason}; {remedy}"
-            if secret:  # others' messages have the URL as it is
-                raise kind(message.replace(secret, "")) from None
-            raise kind(message) from error
+            raise kind(f"{self}/{path}".rstrip("/") + f": {reason}; {remedy}") from error
 
 
 def _checked(path: str) -> str:
@@ -256,29 +253,11 @@ def _checked(path: str) -> str:
     return path
 
 
-def _redacted(url: str) -> str:
-    """`url` without user, password and query, fit for a log."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def _user_info(url: str) -> str:
-    """`user:password@` of a URL, or nothing."""
-    netloc = urlsplit(url).netloc if "://" in url else ""
-    return netloc[: netloc.rfind("@") + 1]
-
-
 def _open(url: str, config: StoreConfig) -> tuple[Backend, str, str]:
     """The backend, the normalised URL, and the root that the backend's paths start with."""
+    check_url(url)
     protocol = fsspec.utils.get_protocol(url)
     is_s3 = protocol in ("s3", "s3a")
-    if is_s3 and (_user_info(url) or "?" in url):
-        raise ValueError(
-            f"store url {_redacted(url)!r} must have no user, password or query: credentials come from the standard "
-            "AWS chain"
-        )
     # No shared instances: they would outlive a change of credentials or endpoint in the environment.
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if is_s3:
@@ -289,12 +268,12 @@ def _open(url: str, config: StoreConfig) -> tuple[Backend, str, str]:
     try:
         filesystem, root = fsspec.url_to_fs(url, **options)
     except ImportError as error:
-        raise StoreError(f"{_redacted(url)}: {error}; install the package that reads {protocol}://") from error
+        raise StoreError(f"{url}: {error}; install the package that reads {protocol}://") from error
     root = root.rstrip("/")
     if isinstance(filesystem, LocalFileSystem):
         return LocalBackend(), root, root
     if not root:
-        raise ValueError(f"store url {_redacted(url)!r} must name a bucket, as in {protocol}://bucket/path")
+        raise ValueError(f"store url {url!r} must name a bucket, as in {protocol}://bucket/path")
     # With a local store, nobody waits for these imports.
     from pipeline.store_remote import RemoteBackend
 

@@ -1,8 +1,11 @@
-"""KubeRay's RayJob, `ray.io/v1`, as a strict JSON schema: what the operator's CRD allows, and nothing beside it.
+"""KubeRay's RayJob, `ray.io/v1`, as a strict JSON schema, written by hand: it is not the CRD.
 
-Written from ray-operator/apis/ray/v1/rayjob_types.go and raycluster_types.go of ray-project/kuberay (commits f6ef3f7
-and 3275ee0), and from the KubeRay CRD API reference of v1.6.2 on docs.ray.io for `authOptions`. A pod template
-is any object here: tests check it as a Pod against Kubernetes' own schema.
+Fields, types, enums and bounds are those of docs/reference/api.md of ray-project/kuberay at v1.6.2 (commit 0a9eabd),
+which KubeRay generates from its Go types, `authOptions` among them. That page does not say what is required: this is
+from ray-operator/apis/ray/v1/rayjob_types.go and raycluster_types.go of older commits (f6ef3f7 and 3275ee0), where
+`rayStartParams` was, which later ones leave out. Stricter than the CRD: of a Redis credential's sources a Secret only,
+and no field beside these. Not in it: rules that the operator checks in code, of `rayVersion` beside token mode for
+example. A pod template is any object here: tests check it as a Pod against Kubernetes' own schema.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ HEAD_GROUP = strict(
         "template": POD_TEMPLATE,
         "headService": {"type": "object"},
         "enableIngress": BOOLEAN,
+        "resources": STRINGS,
+        "labels": STRINGS,
         "rayStartParams": STRINGS,
         "serviceType": STRING,
     },
@@ -56,6 +61,8 @@ WORKER_GROUP = strict(
         "minReplicas": INT32,
         "maxReplicas": INT32,
         "idleTimeoutSeconds": INT32,
+        "resources": STRINGS,
+        "labels": STRINGS,
         "rayStartParams": STRINGS,
         "template": POD_TEMPLATE,
         "scaleStrategy": strict({"workersToDelete": {"type": "array", "items": STRING}}),
@@ -66,6 +73,7 @@ WORKER_GROUP = strict(
 
 CLUSTER = strict(
     {
+        "upgradeStrategy": strict({"type": {"enum": ["Recreate", "None"]}}),
         "suspend": BOOLEAN,
         "managedBy": MANAGED_BY,
         "autoscalerOptions": {"type": "object"},
@@ -114,6 +122,7 @@ RAY_JOB = strict(
                 "entrypointNumCpus": NUMBER,
                 "entrypointNumGpus": NUMBER,
                 "ttlSecondsAfterFinished": INT32,
+                "preRunningDeadlineSeconds": INT32 | {"minimum": 1},
                 "shutdownAfterJobFinishes": BOOLEAN,
                 "suspend": BOOLEAN,
             }

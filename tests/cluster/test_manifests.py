@@ -20,7 +20,8 @@ from tests.cluster.kuberay_schema import RAY_JOB
 URLS = ["--data", "s3://bucket/photos", "--run", "s3://bucket/runs/b"]
 GPUS = ["--num-workers", "4:8", "--gpus-per-worker", "1", "--cpus-per-worker", "6"]
 KUBERAY = ["manifests", "kuberay", "mae_base_800ep", *URLS, *GPUS, "--image", "registry.example/tarmac:1"]
-RAY_UP = ["manifests", "ray-up", "mae_base_800ep", *URLS, *GPUS]
+BARE_RAY_UP = ["manifests", "ray-up", "mae_base_800ep", *URLS, *GPUS]
+RAY_UP = [*BARE_RAY_UP, "--install", "tarmac @ https://example/t.whl"]
 GCP = ["--cloud", "gcp", "--project", "vision", "--image", "projects/p/global/images/family/f"]
 KUBERNETES = "1.34"
 
@@ -195,7 +196,7 @@ def test_a_field_that_ray_does_not_know_is_refused(manifest: Callable[[list[str]
 def test_machines_of_ray_up_are_as_asked(manifest: Callable[[list[str]], dict[str, Any]]) -> None:
     options = ["--region", "eu-west-1", "--zone", "eu-west-1a", "--image", "ami-1", "--name", "night"]
     machines = ["--head-type", "m7i.large", "--worker-type", "p5.48xlarge", "--workers-per-node", "4"]
-    cluster = manifest([*RAY_UP, "--cloud", "aws", *options, *machines, "--install", "tarmac @ https://example/t.whl"])
+    cluster = manifest([*RAY_UP, "--cloud", "aws", *options, *machines])
     assert cluster["cluster_name"] == "night"
     assert cluster["provider"]["availability_zone"] == "eu-west-1a"
     nodes = cluster["available_node_types"]
@@ -204,6 +205,38 @@ def test_machines_of_ray_up_are_as_asked(manifest: Callable[[list[str]], dict[st
     assert nodes["worker"]["node_config"]["ImageId"] == "ami-1"
     assert (nodes["worker"]["min_workers"], nodes["worker"]["resources"]) == (2, {"CPU": 24, "GPU": 4})
     assert shlex.split(cluster["setup_commands"][0])[-1] == "tarmac @ https://example/t.whl"
+
+
+def test_a_wheel_of_this_machine_goes_to_the_nodes(
+    tmp_path: Path, manifest: Callable[[list[str]], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dist").mkdir()
+    Path("dist/tarmac-0.1.0-py3-none-any.whl").touch()
+    cluster = manifest([*BARE_RAY_UP, "--cloud", "aws", "--install", "dist/tarmac-0.1.0-py3-none-any.whl"])
+    there = "/home/ubuntu/tarmac-0.1.0-py3-none-any.whl"
+    assert cluster["file_mounts"] == {
+        "/home/ubuntu/.ray/auth_token": "~/.ray/auth_token",
+        there: str(tmp_path / "dist/tarmac-0.1.0-py3-none-any.whl"),
+    }
+    assert shlex.split(cluster["setup_commands"][0]) == ["pip", "install", "--upgrade", f"{there}[gpu]"]
+    validate_config(prepare_config(cluster))
+
+
+@pytest.mark.parametrize(
+    "install",
+    [
+        "git+ssh://git@host/me/tarmac@v1",
+        "tarmac[gpu] @ git+https://host/tarmac@0123abc",
+        "https://host:80/t.whl#sha256=1",
+    ],
+)
+def test_requirements_with_a_url_are_installed_as_they_are(
+    install: str, manifest: Callable[[list[str]], dict[str, Any]]
+) -> None:
+    cluster = manifest([*BARE_RAY_UP, "--cloud", "aws", "--install", install])
+    assert shlex.split(cluster["setup_commands"][0])[-1] == install
+    assert list(cluster["file_mounts"]) == ["/home/ubuntu/.ray/auth_token"]
 
 
 def test_the_heading_of_a_cluster_file_submits_the_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +275,19 @@ def test_a_manifest_goes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
         ([*RAY_UP, "--cloud", "gcp", "--project", "p"], "--cloud gcp needs --image"),
         ([*RAY_UP, "--cloud", "aws", "--project", "p"], "--project is GCP's"),
         ([*RAY_UP, "--cloud", "aws", "--region", "eu-west-1"], "--region and --zone must be given together"),
+        ([*BARE_RAY_UP, "--cloud", "aws"], "ray-up needs --install, which must be a wheel here"),
+        *(
+            ([*BARE_RAY_UP, "--cloud", "aws", "--install", name], "the package `tarmac` there is somebody else's code")
+            for name in ("tarmac", "tarmac[gpu]==0.1.0", ".")
+        ),
+        (
+            [*BARE_RAY_UP, "--cloud", "aws", "--install", "no/t.whl"],
+            "--install (no/t.whl) must be a wheel that is here",
+        ),
+        ([*BARE_RAY_UP, "--cloud", "aws", "--install", "https://pw@host/t.whl"], "must hold no secret"),
+        ([*BARE_RAY_UP, "--cloud", "aws", "--install", "t @ https://host/t.whl?sig=pw"], "must hold no secret"),
+        ([*KUBERAY, "--cloud", "aws", "--run", "s3://KEY:5/pw@bucket/b"], "must have no user, password or query"),
+        ([*KUBERAY, "--cloud", "aws", "--run", "s3://KEY:S/pw@bucket/b"], "must have no user, password or query"),
         (["manifests", "helm"], "unknown kind 'helm'; known are kuberay, ray-up"),
     ],
 )

@@ -20,6 +20,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from cluster.log_setup import without_secrets
 from cluster.options import CommandError, UsageError
+from cluster.ray_access import check_access
 
 _REQUEST_S = 30.0
 FATAL_EXITS = (1, 2)
@@ -78,13 +79,13 @@ class _Client(JobSubmissionClient):
 class RayJobs:
     """The jobs of the cluster whose dashboard is at a URL.
 
-    With RAY_AUTH_MODE=token the client sends the token that Ray finds in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
-    ~/.ray/auth_token.
+    If the cluster asks for a token, the one that Ray finds in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token
+    is sent. Every method raises UsageError for a cluster on another machine that does not: see `check_access`.
     """
 
     def __init__(self, address: str) -> None:
         """Raises UsageError for an address that is no dashboard's."""
-        self.address = check_address(address)
+        self.address = dashboard_url(address)
         self._connected: _Client | None = None
 
     def ray_version(self) -> str:
@@ -98,6 +99,7 @@ class RayJobs:
             stop=stop_after_delay(_YOUNG_S), wait=wait_fixed(1), retry=retry_if_exception(_is_young), reraise=True
         )
         with _explained(self.address):
+            check_access(self.address)  # again: with --wait another cluster may answer there by now
             return str(retrying(self._client().submit_job, **request))
 
     def get(self, job_id: str) -> Job | None:
@@ -136,6 +138,7 @@ class RayJobs:
 
     def _client(self) -> _Client:
         if self._connected is None:
+            check_access(self.address)
             for name in _TALKATIVE:
                 logging.getLogger(name).setLevel(logging.getLogger().getEffectiveLevel())
             with _without(_OVERRIDES):
@@ -143,7 +146,7 @@ class RayJobs:
         return self._connected
 
 
-def check_address(address: str) -> str:
+def dashboard_url(address: str) -> str:
     """The address if it is the URL of a dashboard, without its last slash. Raises UsageError."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:

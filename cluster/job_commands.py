@@ -287,7 +287,7 @@ def _jobs(address: str | None) -> RayJobs:
 
 
 def _newest_job(jobs: RayJobs, run: Store) -> Job | None:
-    from cluster.submit import job_prefix
+    from cluster.submit import jobs_of
 
-    found = jobs.named(job_prefix(run.url))
+    found = jobs_of(jobs, run.url)
     return found[-1] if found else None

@@ -112,13 +112,24 @@ class RayJobs:
                     return None
                 raise
 
-    def named(self, prefix: str) -> list[Job]:
-        """Jobs whose id is `prefix` and a number, by number. Raises NoAnswerError."""
+    def of_run(self, prefix: str, run: str) -> list[Job]:
+        """A run's jobs, the oldest first: ours, and those that something else submitted, as KubeRay does a RayJob's.
+
+        Args:
+            prefix: what the ids of our jobs of the run begin with; a number follows.
+            run: URL of the run, as it is under `run` in the metadata of others.
+
+        Raises:
+            NoAnswerError: no cluster, or it refuses.
+        """
         with _explained(self.address):
-            found = [_job(details) for details in self._client().list_jobs() if details.submission_id]
-        pattern = re.compile(rf"{re.escape(prefix)}(\d+)")
-        numbered = {int(match[1]): job for job in found if (match := pattern.fullmatch(job.id))}
-        return [numbered[number] for number in sorted(numbered)]
+            known = [details for details in self._client().list_jobs() if details.submission_id]
+        found = []
+        for details in known:
+            job, number = _job(details), re.fullmatch(rf"{re.escape(prefix)}(\d+)", str(details.submission_id))
+            if number or job.metadata.get("run") == run:
+                found.append((details.start_time or 0, int(number[1]) if number else 0, job))
+        return [job for _, _, job in sorted(found, key=lambda one: one[:2])]
 
     def stop(self, job_id: str) -> bool:
         """End the job's process; whether it ran. Raises NoAnswerError."""

@@ -6,11 +6,14 @@ import threading
 import time
 
 import pytest
+from dashboard import serve_dashboard
 from run_folders import NOW, begin, begin_evaluation, record, write_lease, write_lines
 
 from cluster import run_state
 from cluster.cli import main
+from cluster.ray_jobs import RayJobs
 from cluster.stop_request import ask_to_stop, clear_stop, stop_asked, stop_state, stop_wanted
+from cluster.submit import active_job, job_prefix, jobs_of
 from pipeline.errors import StoreError
 from pipeline.store import Store
 
@@ -174,3 +177,28 @@ def test_stop_does_not_wait_for_who_began_after_it(run, capsys):
     other.join()
     assert stop_wanted(run)
     ask_to_stop(run)
+
+
+@pytest.fixture
+def dashboard():
+    with serve_dashboard("127.0.0.1", "disabled") as serving:
+        yield serving
+
+
+def test_a_job_that_something_else_submitted_is_found_by_the_runs_url(run, dashboard, capsys):
+    """KubeRay gives its RayJobs ids of its own, and the manifest's metadata."""
+    begin(run)
+    drive(run)
+    at = ("--address", dashboard.address)
+    dashboard.add_job(f"{job_prefix(run.url)}1", run.url, status="FAILED", started=1000, log="first\n")
+    dashboard.add_job("b-x7k2p", run.url, started=3000, log="by KubeRay\n")
+    dashboard.add_job("other-abcde", f"{run.url}2", started=4000)
+    assert told(capsys, "logs", run.url, *at) == ["by KubeRay"]
+    state = json.loads("".join(told(capsys, "status", run.url, *at, "--json")))
+    assert (state["job"], state["job_status"]) == ("b-x7k2p", "RUNNING")
+    jobs = RayJobs(dashboard.address)
+    assert active_job(jobs, run.url).id == "b-x7k2p"
+    assert [job.id for job in jobs_of(jobs, run.url)] == [f"{job_prefix(run.url)}1", "b-x7k2p"]
+    assert told(capsys, "stop", run.url, "--now", *at)[0].startswith("asked: ")
+    assert dashboard.jobs["b-x7k2p"]["status"] == "STOPPED"
+    assert "the request in the bucket stays" in " ".join(told(capsys, "stop", run.url, "--now", *at, code=1))

@@ -41,6 +41,8 @@ class StatusOptions:
     """URL of the run."""
     address: str | None = None
     """URL of a cluster's Ray dashboard, as in http://HEAD:8265."""
+    goodput: bool = True
+    """It is worked out from all the run's records, of which a long one has many."""
     json: bool = False
     """Print it as JSON."""
 
@@ -57,7 +59,7 @@ def status(arguments: list[str]) -> int:
     if job.get("job") and not run.exists(RUN):
         report({"run": str(run), "state": "submitted"} | job, options.json)
         return 0
-    state = read_state(run, with_goodput=True)
+    state = read_state(run, with_goodput=options.goodput)
     if options.json:
         report(asdict(state) | job, as_json=True)
     else:

@@ -25,6 +25,8 @@ class Dashboard:
     address: str = ""
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     logs: dict[str, str] = field(default_factory=dict)
+    takes: dict[str, Any] | None = None
+    """What becomes of a job that is submitted, as its page tells it; None takes none."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     """Method and path."""
     authorizations: list[str | None] = field(default_factory=list)
@@ -38,8 +40,15 @@ class Dashboard:
             **{"start_time": started, "metadata": {"run": run}},
         }
 
-    def answer(self, method: str, path: str) -> tuple[int, dict[str, Any] | list[Any]]:
+    def answer(self, method: str, path: str, sent: bytes) -> tuple[int, dict[str, Any] | list[Any]]:
         """Status and body, for somebody who has been let in."""
+        if self.takes is not None and path.startswith("/api/packages/"):
+            return (404 if method == "GET" else 200), {}
+        if self.takes is not None and path == "/api/jobs/" and method == "POST":
+            job = json.loads(sent)
+            self.add_job(job["submission_id"], job["metadata"]["run"])
+            self.jobs[job["submission_id"]] |= self.takes
+            return 200, {"job_id": job["submission_id"], "submission_id": job["submission_id"]}
         name = path.removeprefix("/api/jobs/")
         if path == PUBLIC:
             return (404, {}) if self.mode is None else (200, {"authentication_mode": self.mode})
@@ -64,7 +73,8 @@ def serve_dashboard(host: str, mode: str | None, token: str = "") -> Iterator[Da
         def do_GET(self) -> None:
             dashboard.asked.append((self.command, self.path))
             authorization = self.headers.get("Authorization")
-            code, body = dashboard.answer(self.command, self.path)
+            sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            code, body = dashboard.answer(self.command, self.path, sent)
             if self.path != PUBLIC:
                 dashboard.authorizations.append(authorization)
                 if dashboard.mode == "token" and authorization != f"Bearer {dashboard.token}":

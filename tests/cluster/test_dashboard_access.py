@@ -15,7 +15,9 @@ from ray.util import get_node_ip_address
 from run_folders import begin
 
 from cluster.cli import main
+from cluster.options import UsageError
 from cluster.ray_access import reload_auth
+from cluster.ray_jobs import NoAnswerError, RayJobs
 from pipeline.store import Store
 
 TOKEN = "0123456789abcdef" * 4
@@ -97,6 +99,22 @@ def test_a_dashboard_elsewhere_that_is_down_does_not_answer(
     assert main(arguments(command, run, dashboard.address)) == 1
     told = " ".join(capsys.readouterr().err.split())
     assert f"no Ray cluster answers at {dashboard.address} (no connection)" in told
+
+
+def test_every_submission_looks_again_at_who_is_let_in(outward: str, no_token: pytest.MonkeyPatch) -> None:
+    """With --wait, another cluster may answer at the address by then."""
+    no_token.setenv("RAY_AUTH_TOKEN", TOKEN)
+    with serve_dashboard(outward, "token", TOKEN) as dashboard:
+        dashboard.takes = {}
+        jobs = RayJobs(dashboard.address)
+        request = {"entrypoint": "true", "metadata": {"run": "r"}}
+        assert jobs.submit(submission_id="one", **request) == "one"
+        dashboard.mode = "disabled"
+        with pytest.raises(UsageError, match="runs with token authentication off"):
+            jobs.submit(submission_id="two", **request)
+        assert list(dashboard.jobs) == ["one"]
+    with pytest.raises(NoAnswerError, match="no connection"):
+        jobs.submit(submission_id="three", **request)
 
 
 @pytest.mark.parametrize("where", ["outward", "loopback"])

@@ -9,7 +9,7 @@ from run_folders import write_lease
 from cluster.lease_watch import find_holder
 from pipeline.store import Store
 
-TERM_S = 2.0
+TERM_S = 3.0
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_clocks_that_disagree(run, ahead_s):
     assert took < TERM_S
     took, found = seconds_to_find(run)  # it is renewed no more
     assert found is None
-    assert TERM_S <= took < TERM_S + 1.5
+    assert TERM_S <= took < TERM_S + 5
 
 
 def test_what_needs_no_watching(run):
@@ -44,5 +44,5 @@ def test_what_needs_no_watching(run):
     took, found = seconds_to_find(run)
     assert found is not None
     write_lease(run, age_s=0.5, released=True)
-    assert took + seconds_to_find(run)[0] < 0.4
+    assert took + seconds_to_find(run)[0] < 1
     assert find_holder(run) is None

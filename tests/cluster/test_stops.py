@@ -48,7 +48,6 @@ def test_a_request_that_came_while_a_signal_stopped_the_run_is_done_with(run, mo
         until(lambda: stop_state(run) == "none")
         time.sleep(0.2)  # its only look
         ask_to_stop(run)
-        stopping._closed.set()
         stopping.done()
     assert stop_state(run) == "honoured"
 

@@ -7,12 +7,17 @@ import shlex
 from typing import Any
 
 from trainer import recipes
-from trainer.config import TrainConfig
+from trainer.recipe_book import RecipeBook
 
 
-def recipe_words(config: TrainConfig) -> list[str]:
-    """The recipe with the fewest differences from `config`, and the options that make up for these."""
-    found = [[name, *_options(recipes.get(name), config, "")] for name in recipes.names()]
+def recipe_words(config: Any, book: RecipeBook[Any] = recipes.BOOK) -> list[str]:
+    """The recipe with the fewest differences from `config`, and the options that make up for these.
+
+    Args:
+        config: of the kind that the book's recipes return.
+        book: the recipes that there are.
+    """
+    found = [[name, *_options(book.get(name), config, "")] for name in book.names()]
     return min(found, key=len)
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from cluster.options import CommandError, UsageError, check_at_least, duration, parse, report, say
 
 if TYPE_CHECKING:
+    from cluster.lease import LeaseRecord
     from cluster.ray_jobs import Job, RayJobs
     from cluster.run_state import RunState
     from pipeline.store import Store
@@ -40,6 +41,8 @@ class StatusOptions:
     """URL of the run."""
     address: str | None = None
     """URL of a cluster's Ray dashboard, as in http://HEAD:8265."""
+    goodput: bool = True
+    """It is worked out from all the run's records, of which a long one has many."""
     json: bool = False
     """Print it as JSON."""
 
@@ -56,7 +59,7 @@ def status(arguments: list[str]) -> int:
     if job.get("job") and not run.exists(RUN):
         report({"run": str(run), "state": "submitted"} | job, options.json)
         return 0
-    state = read_state(run, with_goodput=True)
+    state = read_state(run, with_goodput=options.goodput)
     if options.json:
         report(asdict(state) | job, as_json=True)
     else:
@@ -145,6 +148,9 @@ def runs(arguments: list[str]) -> int:
         cells = (*_numbers(state).values(), str(state.attempts), _percent(state.goodput), age)
         table.add_row(name, state.state, step, *cells)
     Console().print(table, highlight=False)
+    for state in states:
+        if state.state == "unreadable":
+            say(Console(), f"unreadable: {state.run}: {state.reason}")
     return 0
 
 
@@ -213,24 +219,39 @@ class StopOptions:
 def stop(arguments: list[str]) -> int:
     """Ask a run to save a checkpoint and stop."""
     options = parse(StopOptions, arguments, "stop")
-    from cluster.run_state import read_state
+    from cluster.run_state import tell_state
     from cluster.stop_request import ask_to_stop
     from pipeline.store import Store
+    from trainer.run_files import RUN, no_run
 
     run = Store(options.run)
     jobs = _jobs(options.address) if options.now else None
-    state = read_state(run)
-    if state.state != "finished":
-        ask_to_stop(run)
-        if jobs is not None:
-            _stop_now(jobs, run)
-        if options.wait:
-            _wait_until_undriven(run)
-        state = read_state(run)
+    if not run.exists(RUN):
+        raise no_run(run)
+    state = tell_state(run)  # one that cannot be read can be stopped all the same
+    if state.state == "finished":
+        return _tell_stopped(options, state, f"finished: {run} is at step {state.step}")
+    ask_to_stop(run)
+    if jobs is not None:
+        _stop_now(jobs, run)
+    driver = _await_end(run, Console(stderr=options.json)) if options.wait else None
+    state = tell_state(run)
+    if driver is not None:
+        message = f"{driver} drives {run} now: it was begun after the stop; ask again, or see to what begins it"
+    elif options.wait or state.state not in (*_DRIVEN, "unreadable"):
+        message = f"nobody drives {run} ({state.state}, step {state.step}); it stays so until it is submitted again"
+    elif state.state == "unreadable":
+        message = f"asked: a driver of {run} stops; what it is doing cannot be read: {state.reason}"
+    else:
+        message = f"asked: {run} saves a checkpoint and stops; `tarmac stop --wait` waits for it"
+    return _tell_stopped(options, state, message)
+
+
+def _tell_stopped(options: StopOptions, state: RunState, message: str) -> int:
     if options.json:
         report(asdict(state), as_json=True)
     else:
-        say(Console(), _stop_answer(state))
+        say(Console(), message)
     return 0
 
 
@@ -243,19 +264,20 @@ def _stop_now(jobs: RayJobs, run: Store) -> None:
     jobs.stop(job.id)
 
 
-def _wait_until_undriven(run: Store) -> None:
-    from cluster.run_state import read_state
+def _await_end(run: Store, console: Console) -> LeaseRecord | None:
+    """Wait until whoever drives the run has stopped, or is gone; returns who else began since then and goes on."""
+    from cluster.lease_watch import LeaseWatch
+    from cluster.stop_request import stop_asked
 
-    while read_state(run).state in _DRIVEN:
+    watch, seen = LeaseWatch(run), ""
+    while (driver := watch.holder()) is not None:
+        if driver.driver != seen:
+            if seen and not stop_asked(run):
+                return driver
+            seen = driver.driver
+            say(console, f"waiting for {driver}, which saves a checkpoint first")
         time.sleep(_POLL_S)
-
-
-def _stop_answer(state: RunState) -> str:
-    if state.state == "finished":
-        return f"finished: {state.run} is at step {state.step}"
-    if state.state in _DRIVEN:
-        return f"asked: {state.run} saves a checkpoint and stops; `tarmac stop --wait` waits for it"
-    return f"nobody drives {state.run} ({state.state}, step {state.step}); it stays so until it is submitted again"
+    return None
 
 
 def _jobs(address: str | None) -> RayJobs:
@@ -267,7 +289,7 @@ def _jobs(address: str | None) -> RayJobs:
 
 
 def _newest_job(jobs: RayJobs, run: Store) -> Job | None:
-    from cluster.submit import job_prefix
+    from cluster.submit import jobs_of
 
-    found = jobs.named(job_prefix(run.url))
+    found = jobs_of(jobs, run.url)
     return found[-1] if found else None

@@ -259,3 +259,8 @@ def _generations(run: Store) -> list[int]:
 
 def _path(generation: int) -> str:
     return f"{LEASES}/{generation:06d}.json"
+
+
+def is_over(lease: LeaseRecord) -> bool:
+    """Whether its holder has ended, as far as that can be known without comparing clocks."""
+    return lease.released or _process_is_gone(lease)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from pipeline.urls import without_secrets
@@ -17,6 +20,8 @@ _OURS = ("pipeline", "trainer", "cluster")
 def set_up_logging(verbose: bool) -> None:
     """Log to stderr: warnings, or with `verbose` all of ours and others' from INFO on.
 
+    Tracebacks of errors that nothing catches, of any thread, go there without secrets too.
+
     Others' debugging stays out: botocore's has the headers of requests, session token and all.
     """
     redact_logs()
@@ -26,6 +31,9 @@ def set_up_logging(verbose: bool) -> None:
     if verbose:
         for package in _OURS:
             logging.getLogger(package).setLevel(logging.DEBUG)
+    sys.excepthook = _print_error
+    if threading.excepthook is threading.__excepthook__:  # a test runner has its own
+        threading.excepthook = _print_thread_error
 
 
 def redact_logs() -> None:
@@ -59,6 +67,17 @@ class _Redacted:
         if record.stack_info:
             record.stack_info = without_secrets(record.stack_info)
         return record
+
+
+def _print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _print_thread_error(what: threading.ExceptHookArgs) -> None:
+    if what.exc_value is None or issubclass(what.exc_type, SystemExit):
+        return
+    sys.stderr.write(f"Exception in thread {what.thread.name if what.thread else 'of no name'}:\n")
+    _print_error(what.exc_type, what.exc_value, what.exc_traceback)
 
 
 class _Formatter(logging.Formatter):

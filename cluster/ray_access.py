@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import json
 import logging
@@ -9,11 +10,12 @@ import os
 import secrets
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import grpc
@@ -51,7 +53,7 @@ def open_ray(*, num_cpus: int, num_gpus: float = 0.0) -> Iterator[bool]:
     options = _log_options()
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address != "local":
-        check_address(address)
+        check_access(address)
         with _shut_down_after():
             ray.init(address=address, **options)
             yield False
@@ -69,8 +71,10 @@ def _log_options() -> dict[str, Any]:
     return {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
 
 
-def check_address(address: str) -> None:
+def check_access(address: str) -> None:
     """Refuse a cluster off this machine that is used, or can be used, without a token.
+
+    For whoever is about to talk to it: before `ray.init`, and before the first request to a dashboard.
 
     Turns Ray's token authentication on for this process if RAY_AUTH_MODE is not set, there is a token, and the cluster
     asks for one: between a process that does and a cluster that does not, actors are lost without a word. A cluster at
@@ -81,17 +85,21 @@ def check_address(address: str) -> None:
 
     Raises:
         UsageError: authentication is off, there is no token, or the cluster takes calls without one.
+        ConnectionError: no dashboard answers at an http address off this machine. There may be one later, so that is
+            no refusal.
     """
     reload_auth()
     address = _found(address)
     if address == "local":
         return
-    open_to_all = _takes_anyone(address)
-    if os.environ.get("RAY_AUTH_MODE") is None and _has_token() and not open_to_all:
+    lets_in = _whom_it_lets_in(address)
+    if os.environ.get("RAY_AUTH_MODE") is None and lets_in == "token" and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"
         reload_auth()
     if _is_loopback(address):
         return
+    if lets_in == "silent":
+        raise ConnectionError(f"no Ray dashboard answers at {address}; check that this machine can reach it")
     mode = os.environ.get("RAY_AUTH_MODE", "not set")
     if mode.lower() != "token" and mode != "not set":
         raise UsageError(
@@ -104,7 +112,7 @@ def check_address(address: str) -> None:
             "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to it. A cluster without one is refused: start it with "
             "RAY_AUTH_MODE=token and a token from `ray get-auth-token --generate`"
         )
-    if open_to_all:
+    if lets_in == "anyone":
         raise UsageError(
             f"the Ray cluster at {address} runs with token authentication off: whoever reaches its ports runs code on "
             "it; start it again with RAY_AUTH_MODE=token and the token in RAY_AUTH_TOKEN on every node"
@@ -206,19 +214,44 @@ def _is_loopback(address: str) -> bool:
         return False  # another name
 
 
-def _takes_anyone(address: str) -> bool:
-    """Whether the cluster answers a call without a token. False where it does not answer: connecting will say so."""
+def _whom_it_lets_in(address: str) -> Literal["anyone", "token", "silent"]:
+    """By asking it something without a token. `silent` is for dashboards only: another port that does not answer
+    counts as one that asks for a token, since connecting will say so."""
     if address.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(f"{address.rstrip('/')}/api/authentication_mode", timeout=_PROBE_S) as reply:
-                return bool(json.load(reply)["authentication_mode"] == "disabled")
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return _whom_a_dashboard_lets_in(address.rstrip("/"))
     if "://" in address:
-        return False
+        return "token"
     with grpc.insecure_channel(address) as channel:
         try:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=_PROBE_S)
         except grpc.RpcError:
-            return False
-    return True
+            return "token"
+    return "anyone"
+
+
+def _whom_a_dashboard_lets_in(url: str) -> Literal["anyone", "token", "silent"]:
+    try:
+        told = _dashboard_answer(f"{url}/api/authentication_mode")
+        if told is None:  # a Ray that knows of no authentication, or a gate in front of one
+            return "token" if _dashboard_answer(f"{url}/api/version") is None else "anyone"
+    except (OSError, http.client.HTTPException):
+        return "silent"
+    return "anyone" if told.get("authentication_mode") == "disabled" else "token"
+
+
+def _dashboard_answer(url: str) -> dict[str, Any] | None:
+    """What it says to somebody without a token; None if it says no, or nothing that Ray would.
+
+    Raises:
+        OSError: nothing answers there, or a gate that finds nobody behind it.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=_PROBE_S) as reply:
+            answer = json.load(reply)
+    except urllib.error.HTTPError as error:
+        if error.code >= 500:
+            raise
+        return None
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None

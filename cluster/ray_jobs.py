@@ -21,7 +21,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
 from cluster.log_setup import without_secrets
 from cluster.options import CommandError, UsageError
-from cluster.ray_access import reload_auth
+from cluster.ray_access import check_access, reload_auth
 
 _REQUEST_S = 30.0
 FATAL_EXITS = (1, 2)
@@ -87,13 +87,14 @@ class _Client(JobSubmissionClient):
 class RayJobs:
     """The jobs of the cluster whose dashboard is at a URL.
 
-    With RAY_AUTH_MODE=token the client sends the token that Ray finds in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or
-    ~/.ray/auth_token. Every method raises TokenError where the cluster does not take it; the next one looks anew.
+    If the cluster asks for a token, the one that Ray finds in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token
+    is sent. Every method raises TokenError where the cluster does not take it, the next one looks anew; and UsageError
+    for a cluster on another machine that takes anybody: see `check_access`.
     """
 
     def __init__(self, address: str) -> None:
         """Raises UsageError for an address that is no dashboard's."""
-        self.address = check_address(address)
+        self.address = dashboard_url(address)
         self._connected: _Client | None = None
 
     def ray_version(self) -> str:
@@ -107,6 +108,7 @@ class RayJobs:
             stop=stop_after_delay(_YOUNG_S), wait=wait_fixed(1), retry=retry_if_exception(_is_young), reraise=True
         )
         with self._explained():
+            check_access(self.address)  # again: with --wait another cluster may answer there by now
             return str(retrying(self._client().submit_job, **request))
 
     def get(self, job_id: str) -> Job | None:
@@ -119,13 +121,24 @@ class RayJobs:
                     return None
                 raise
 
-    def named(self, prefix: str) -> list[Job]:
-        """Jobs whose id is `prefix` and a number, by number. Raises NoAnswerError."""
+    def of_run(self, prefix: str, run: str) -> list[Job]:
+        """A run's jobs, the oldest first: ours, and those that something else submitted, as KubeRay does a RayJob's.
+
+        Args:
+            prefix: what the ids of our jobs of the run begin with; a number follows.
+            run: URL of the run, as it is under `run` in the metadata of others.
+
+        Raises:
+            NoAnswerError: no cluster, or it refuses.
+        """
         with self._explained():
-            found = [_job(details) for details in self._client().list_jobs() if details.submission_id]
-        pattern = re.compile(rf"{re.escape(prefix)}(\d+)")
-        numbered = {int(match[1]): job for job in found if (match := pattern.fullmatch(job.id))}
-        return [numbered[number] for number in sorted(numbered)]
+            known = [details for details in self._client().list_jobs() if details.submission_id]
+        found = []
+        for details in known:
+            job, number = _job(details), re.fullmatch(rf"{re.escape(prefix)}(\d+)", str(details.submission_id))
+            if number or job.metadata.get("run") == run:
+                found.append((details.start_time or 0, int(number[1]) if number else 0, job))
+        return [job for _, _, job in sorted(found, key=lambda one: one[:2])]
 
     def stop(self, job_id: str) -> bool:
         """End the job's process; whether it ran. Raises NoAnswerError."""
@@ -161,6 +174,7 @@ class RayJobs:
 
     def _client(self) -> _Client:
         if self._connected is None:
+            check_access(self.address)
             for name in _TALKATIVE:
                 logging.getLogger(name).setLevel(logging.getLogger().getEffectiveLevel())
             with _without(_OVERRIDES):
@@ -192,7 +206,7 @@ class RayJobs:
             ) from error
 
 
-def check_address(address: str) -> str:
+def dashboard_url(address: str) -> str:
     """The address if it is the URL of a dashboard, without its last slash. Raises UsageError."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -16,11 +16,13 @@ from cluster.report_events import tell_events
 from cluster.run_state import RunState, read_state
 from pipeline.store import Store
 from trainer.checkpoint_commit import COMMIT, DAMAGED, Commit, parse_commit, step_of
-from trainer.config import TrainConfig, num_predicted_patches, peak_lr
+from trainer.config import EncoderConfig, TrainConfig, num_predicted_patches, peak_lr
 from trainer.curve import restart_steps
 from trainer.errors import CheckpointError
+from trainer.evaluate import recipes as evaluation_recipes
+from trainer.evaluate.config import EvaluationRecord
 from trainer.metrics import Event, read_events
-from trainer.run_files import RunRecord, read_run
+from trainer.run_files import RunRecord, read_any_run
 from trainer.step_columns import Floats, StepColumns, latest_columns, read_columns
 
 _MAX_EVENTS = 200
@@ -58,7 +60,7 @@ def render_report(run: Store) -> str:
     Raises:
         RunError: there is no run, or something of it cannot be read.
     """
-    record = read_run(run)
+    record = read_any_run(run)
     events, attempts = read_events(run), read_columns(run)
     steps = latest_columns(attempts)
     ledger = make_ledger(events, attempts, read_alive_until(run, events))
@@ -78,7 +80,7 @@ def render_report(run: Store) -> str:
         state=state.state,
         reason=state.reason,
         facts=_facts(state, steps, ledger),
-        recipe=_recipe(record.config),
+        recipe=_recipe(record),
         versions=record.versions,
         ledger=ledger,
         accounts={kind: ACCOUNTS[kind] for kind in KINDS},
@@ -150,22 +152,44 @@ def _mean(values: Floats) -> float:
     return float(numbers.mean()) if len(numbers) else math.nan
 
 
-def _recipe(config: TrainConfig) -> dict[str, str]:
+def _recipe(record: RunRecord) -> dict[str, str]:
     """The fields that say what is trained."""
-    augment, model, optim = config.data.augment, config.model, config.optim
-    height, width = augment.image_size
+    config, optim = record.loop, record.loop.optim
     length = f"{optim.num_steps:,} steps" if optim.num_steps is not None else f"{optim.num_epochs:g} epochs"
     return {
-        "encoder": f"{model.embed_dim} wide, {model.depth} deep, {model.num_heads} heads",
-        "decoder": f"{model.decoder_embed_dim} wide, {model.decoder_depth} deep, {model.decoder}",
-        "images": f"{height} x {width}, patch {augment.patch_size}, {augment.mask_ratio:.0%} masked, "
-        f"{num_predicted_patches(model, augment)} patches predicted",
+        **(_evaluation(record.config) if isinstance(record.config, EvaluationRecord) else _pretraining(record.config)),
         "batch": f"{config.data.global_batch_size:,} images a step, {config.data.num_lanes} lanes, "
         f"seed {config.data.seed}",
         "length": length,
         "learning rate": f"{peak_lr(config):.3g} after {optim.warmup_fraction:.0%} of warm-up",
         "precision": config.parallel.precision,
         "checkpoints": f"every {config.checkpoint.every_steps:,} steps",
+    }
+
+
+def _encoder(model: EncoderConfig) -> str:
+    return f"{model.embed_dim} wide, {model.depth} deep, {model.num_heads} heads"
+
+
+def _pretraining(config: TrainConfig) -> dict[str, str]:
+    augment, model = config.data.augment, config.model
+    height, width = augment.image_size
+    return {
+        "encoder": _encoder(model),
+        "decoder": f"{model.decoder_embed_dim} wide, {model.decoder_depth} deep, {model.decoder}",
+        "images": f"{height} x {width}, patch {augment.patch_size}, {augment.mask_ratio:.0%} masked, "
+        f"{num_predicted_patches(model, augment)} patches predicted",
+    }
+
+
+def _evaluation(record: EvaluationRecord) -> dict[str, str]:
+    augment, model, source = record.train.data.augment, record.train.model, record.source
+    height, width = augment.image_size
+    return {
+        "encoder": _encoder(model),
+        "encoder from": f"{source.run}, step {source.step:,}{', averaged' if source.average else ''}",
+        "what is trained": f"{'the head alone' if model.frozen_encoder else 'all'}, for {model.num_classes} classes",
+        "images": f"{height} x {width}, patch {augment.patch_size}",
     }
 
 
@@ -184,8 +208,13 @@ def _charts(steps: StepColumns, restarts: list[int]) -> list[Chart]:
 
 def _command(run: Store, record: RunRecord, ledger: Ledger) -> str:
     workers = next((row.facts.num_workers for row in reversed(ledger.rows) if row.facts.num_workers), None)
-    recipe, *options = recipe_words(record.config)
-    words = ["tarmac", "pretrain", recipe, "--data", "DATASET", "--run", str(run)]
+    if isinstance(record.config, EvaluationRecord):
+        recipe, *options = recipe_words(record.loop, evaluation_recipes.BOOK)
+        source = ["--from", record.config.source.run, *(["--average"] if record.config.source.average else [])]
+        words = ["tarmac", "evaluate", recipe, *source, "--data", "DATASET", "--val", "DATASET", "--run", str(run)]
+    else:
+        recipe, *options = recipe_words(record.config)
+        words = ["tarmac", "pretrain", recipe, "--data", "DATASET", "--run", str(run)]
     return join_words([*words, *(["--num-workers", str(workers)] if workers else []), *options])
 
 

@@ -12,18 +12,19 @@ from typing import Any, Literal
 
 from cluster.lease import LeaseRecord, is_stale, read_lease
 from cluster.options import amounts
-from cluster.stop_request import stop_asked
-from pipeline.errors import StoreNotFoundError
+from cluster.stop_request import stop_state
+from pipeline.errors import StoreError, StoreNotFoundError
 from pipeline.store import Store
-from trainer.config import TrainConfig, num_steps
+from trainer.config import LoopConfig, num_steps
 from trainer.errors import RunError
 from trainer.metrics import ATTEMPTS, DRIVER_EVENTS, EVENTS, NUM_READS, Event
-from trainer.run_files import RUN, read_run
+from trainer.run_files import RUN, read_any_run
 
 StateName = Literal[
     "new", "starting", "waiting", "running", "stopping", "stopped", "finished", "failed", "lost", "unreadable"
 ]
-"""`new`: no attempt yet; `waiting`: for workers; `lost`: its driver is gone, and left no reason."""
+"""`new`: no attempt yet; `waiting`: for workers; `lost`: its driver is gone, and left no reason; `unreadable`: what is
+in its bucket cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class RunState:
     run: str
     state: StateName
     reason: str | None = None
-    """Why it failed, what it waits for, since when the driver is gone."""
+    """Why it failed, what it waits for, since when the driver is gone, what cannot be read."""
     step: int = 0
     """Of the newest record."""
     num_steps: int | None = None
@@ -46,6 +47,8 @@ class RunState:
     """Share of the time since the run began that trained for good; None if it was not asked for."""
     age_s: float | None = None
     """Time since the newest record or event."""
+    told_to_stop: bool = False
+    """By `tarmac stop`, and nobody has taken it back: nothing should begin the run again by itself."""
     driver: str | None = None
     """Host and process id of who drives it, or drove it last."""
     workers: tuple[str, ...] = ()
@@ -68,7 +71,7 @@ class _Newest:
 
 
 def read_state(run: Store, *, with_goodput: bool = False) -> RunState:
-    """What the run at this URL is doing.
+    """What the run at this URL is doing, as far as this machine's clock can tell whether it is driven.
 
     Args:
         run: the run's store.
@@ -78,9 +81,9 @@ def read_state(run: Store, *, with_goodput: bool = False) -> RunState:
         RunError: there is no run.
         StoreError: the bucket does not answer.
     """
-    config, newest, lease = read_run(run).config, _read_newest(run), read_lease(run)
-    held = lease is not None and not is_stale(lease)
-    state, reason = _judge(newest, lease if held else None, held and stop_asked(run))
+    config, newest, lease = read_any_run(run).loop, _read_newest(run), read_lease(run)
+    held, request = lease is not None and not is_stale(lease), stop_state(run)
+    state, reason = _judge(newest, lease if held else None, held and request == "asked")
     if state == "lost" and lease is not None:
         reason = f"its driver was last heard of {time.time() - lease.renewed:.0f} s ago"
     record = newest.record or {}
@@ -98,13 +101,14 @@ def read_state(run: Store, *, with_goodput: bool = False) -> RunState:
         attempts=newest.num_attempts,
         goodput=_goodput(run) if with_goodput and newest.num_attempts else None,
         age_s=time.time() - max(times) if times else None,
+        told_to_stop=request != "none",
         driver=f"{lease.host}:{lease.pid}" if lease else None,
         workers=tuple(start.get("hosts", ())) if start else (),
     )
 
 
 def read_states(root: Store, max_depth: int, *, with_goodput: bool = False) -> list[RunState]:
-    """The state of every run at or below a URL, in the order of their URLs.
+    """The state of every run at or below a URL, in the order of their URLs. Raises StoreError if that cannot be listed.
 
     Args:
         root: where to look.
@@ -112,14 +116,15 @@ def read_states(root: Store, max_depth: int, *, with_goodput: bool = False) -> l
         with_goodput: as of `read_state`.
     """
     with ThreadPoolExecutor(NUM_READS) as pool:
-        states = pool.map(partial(_read_or_tell, with_goodput), _find_runs(root, max_depth, pool))
+        states = pool.map(partial(tell_state, with_goodput=with_goodput), _find_runs(root, max_depth, pool))
         return sorted(states, key=lambda state: state.run)
 
 
-def _read_or_tell(with_goodput: bool, run: Store) -> RunState:
+def tell_state(run: Store, *, with_goodput: bool = False) -> RunState:
+    """As `read_state`, but a run that cannot be read is a state too."""
     try:
         return read_state(run, with_goodput=with_goodput)
-    except (RunError, KeyError, ValueError) as error:
+    except (RunError, StoreError, KeyError, TypeError, ValueError) as error:
         return RunState(run=str(run), state="unreadable", reason=str(error))
 
 
@@ -200,7 +205,7 @@ def _goodput(run: Store) -> float:
     return read_ledger(run).goodput
 
 
-def _total(config: TrainConfig, record: dict[str, Any] | None) -> int | None:
+def _total(config: LoopConfig, record: dict[str, Any] | None) -> int | None:
     """Steps of the whole run. A record tells how many images the dataset has."""
     if config.optim.num_steps is not None:
         return config.optim.num_steps

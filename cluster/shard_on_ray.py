@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.options import CommandError, UsageError
+from cluster.ray_access import check_access
 from pipeline.shards import ShardResult, ShardTask, ShardWriter
 
 _MAX_RETRIES = 5
@@ -35,6 +36,7 @@ class RayTasks:
 
     Raises:
         CommandError: the cluster does not answer.
+        UsageError: it is on another machine, and is used or open without a token.
     """
 
     def __init__(self, address: str, num_workers: int | None, paths: list[str]) -> None:
@@ -45,6 +47,7 @@ class RayTasks:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             _check_listens(self._address)
+            check_access(self._address)
             ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             raise CommandError(

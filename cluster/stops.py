@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from cluster.stop_request import clear_stop, stop_asked
+from cluster.stop_request import clear_stop, forget_honoured_stop, stop_asked
 from pipeline.errors import StoreError
 from pipeline.store import Store
 
@@ -19,6 +19,8 @@ _POLL_S = 2.0
 
 class Stops:
     """Notes requests while the context lasts; the second signal raises KeyboardInterrupt.
+
+    A request that an earlier driver honoured is forgotten at the beginning.
 
     Args:
         run: the run's store, where a request may lie. It is asked by a thread: a store that is down keeps nobody up.
@@ -38,9 +40,16 @@ class Stops:
         return self._signal or ("tarmac stop" if self._request else "")
 
     def done(self) -> None:
-        """The run has stopped: a request in the bucket is done with. Raises StoreError."""
-        if self._request:
+        """The run has ended in order: a request in the bucket is done with, seen or not.
+
+        A store that is down is only logged: the run has ended all the same.
+        """
+        self._closed.set()
+        self._thread.join()  # or it could take this for an old request
+        try:
             clear_stop(self._run)
+        except StoreError as error:
+            logger.warning("a request to stop may be left for the next driver: %s", error)
 
     def __enter__(self) -> Stops:
         """Begin to look."""
@@ -60,8 +69,12 @@ class Stops:
         self._signal = signal.Signals(number).name
 
     def _look(self) -> None:
+        has_begun = False
         while not self._request and not self._closed.is_set():
             try:
+                if not has_begun:
+                    forget_honoured_stop(self._run)
+                    has_begun = True
                 self._request = stop_asked(self._run)
             except StoreError as error:
                 logger.warning("no answer about a stop request: %s", error)

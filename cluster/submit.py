@@ -49,9 +49,14 @@ def job_prefix(run: str) -> str:
     return f"tarmac-{name}-{hashlib.sha256(run.encode()).hexdigest()[:10]}-"
 
 
+def jobs_of(jobs: RayJobs, run: str) -> list[Job]:
+    """The run's jobs that this cluster knows, the oldest first, whoever submitted them. Raises NoAnswerError."""
+    return jobs.of_run(job_prefix(run), run)
+
+
 def active_job(jobs: RayJobs, run: str) -> Job | None:
-    """The newest job of the run that waits or runs on this cluster."""
-    return next((job for job in reversed(jobs.named(job_prefix(run))) if job.is_active), None)
+    """The newest job of the run that waits or runs on this cluster. Raises NoAnswerError."""
+    return next((job for job in reversed(jobs_of(jobs, run)) if job.is_active), None)
 
 
 def check_url(name: str, url: str, address: str) -> None:
@@ -90,7 +95,8 @@ def send(jobs: RayJobs, submission: Submission) -> str:
         NoAnswerError: no cluster, or it refuses.
     """
     prefix = job_prefix(submission.job.run)
-    number = max((int(job.id.removeprefix(prefix)) for job in jobs.named(prefix)), default=0) + 1
+    ids = [job.id.removeprefix(prefix) for job in jobs_of(jobs, submission.job.run) if job.id.startswith(prefix)]
+    number = max((int(rest) for rest in ids if rest.isdecimal()), default=0) + 1
     with tempfile.TemporaryDirectory(prefix="tarmac-submit-") as folder:
         stage(Path(folder))
         return jobs.submit(

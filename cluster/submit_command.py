@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -11,15 +13,28 @@ from rich.console import Console
 
 from cluster.options import CommandError, UsageError, check_at_least, parse, report, say
 from cluster.run_commands import PretrainOptions, job_of, take_recipe
+from pipeline.errors import ManifestError, StoreError
 from trainer import recipes
+from trainer.errors import RunError
 
 if TYPE_CHECKING:
-    from cluster.ray_jobs import RayJobs
+    from cluster.lease import LeaseRecord
+    from cluster.ray_jobs import Job, RayJobs
     from cluster.run_state import RunState
     from cluster.submit import Submission
     from pipeline.store import Store
 
 STOPPED = 75
+
+
+class _RunFailedError(CommandError):
+    """The run failed, not the submission."""
+
+    job_id: str | None = None
+    num_resubmissions = 0
+
+
+_ERRORS = (UsageError, CommandError, ManifestError, RunError, StoreError, OSError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +56,7 @@ class OwnOptions:
     if_lost: bool = False
     """For cron: do nothing, and say why, if the run is driven, was told to stop, or failed."""
     json: bool = False
-    """Print the result as JSON."""
+    """Print the result as JSON, also that of a refusal or a failure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +77,11 @@ def submit(arguments: list[str]) -> int:
     default = SubmitOptions(data=tyro.MISSING, run=tyro.MISSING, train=recipes.get(recipe))
     options = parse(SubmitOptions, arguments, f"submit {recipe}", default)
     check_at_least(options, max_resubmissions=0)
+    with _told_as_json(options):
+        return _checked_submit(options, arguments, recipe)
+
+
+def _checked_submit(options: SubmitOptions, arguments: list[str], recipe: str) -> int:
     if options.address is None:
         raise UsageError("submit needs --address, the URL of the cluster's Ray dashboard, as in http://HEAD:8265")
     from cluster.ray_jobs import RayJobs
@@ -77,7 +97,7 @@ def submit(arguments: list[str]) -> int:
     run = Store(job.run, job.train.store)
     state = _check_run(submission, run)
     if state is not None and state.state == "finished":
-        return _answer(options, f"finished: {run} is at step {state.step} of {state.num_steps}", "finished", None)
+        return _answer(options, "finished", f"finished: {run} is at step {state.step} of {state.num_steps}")
     check_version(jobs, options.environment)
     return _submit(options, jobs, submission, run, state)
 
@@ -101,49 +121,50 @@ def _check_run(submission: Submission, run: Store) -> RunState | None:
 
 
 def _submit(options: SubmitOptions, jobs: RayJobs, submission: Submission, run: Store, state: RunState | None) -> int:
-    from cluster.stop_request import forget_stop, stop_wanted
+    from cluster.stop_request import stop_taken_back, stop_wanted
     from cluster.submit import active_job, send
 
     active = active_job(jobs, submission.job.run)
-    job_id = active.id if active else None
-    if active or _is_driven(run):
-        who = _who(run, job_id, jobs.address)
+    job_id, driver = active.id if active else None, _driver(run, active)
+    if active or driver:
+        who = _who(run, job_id, jobs.address, driver)
         if not options.wait:
             if options.if_lost:
-                return _answer(options, f"nothing to do: {who}", "running", job_id)
+                return _answer(options, "running", f"nothing to do: {who}", job_id)
             raise CommandError(f"{who}; follow it with --wait, or stop it first with `tarmac stop {run}`")
         say(_console(options), f"{who}; following it")
         return _follow(options, jobs, submission, job_id)
     if options.if_lost and stop_wanted(run):
         again = "submit it without --if-lost to go on"
-        return _answer(options, f"nothing to do: {run} was told to stop; {again}", "stopped", None)
+        return _answer(options, "stopped", f"nothing to do: {run} was told to stop; {again}")
     if options.if_lost and state is not None and state.state == "failed":
         again = "submit it without --if-lost when that is mended"
-        raise CommandError(f"{run} failed: {state.reason}; {again}")
-    forget_stop(run)
-    job_id = send(jobs, submission)
+        raise _RunFailedError(f"{run} failed: {state.reason}; {again}")
+    with stop_taken_back(run):
+        job_id = send(jobs, submission)
     if options.wait:
         say(_console(options), f"submitted as {job_id} to {jobs.address}")
         return _follow(options, jobs, submission, job_id)
     look = f"`tarmac status {run} --address {jobs.address}`"
-    return _answer(options, f"submitted as {job_id} to {jobs.address}; see {look}", "submitted", job_id)
+    return _answer(options, "submitted", f"submitted as {job_id} to {jobs.address}; see {look}", job_id)
 
 
-def _is_driven(run: Store) -> bool:
+def _driver(run: Store, active: Job | None) -> LeaseRecord | None:
+    """Who holds the run's lease. Without an active job it matters, and takes the lease's term to know."""
     from cluster.lease import is_stale, read_lease
+    from cluster.lease_watch import find_holder
 
+    if active is None:
+        return find_holder(run)
     lease = read_lease(run)
-    return lease is not None and not is_stale(lease)
+    return None if lease is None or is_stale(lease) else lease
 
 
-def _who(run: Store, job_id: str | None, address: str) -> str:
-    """Who drives the run, by its lease and by Ray."""
-    from cluster.lease import is_stale, read_lease
-
-    lease = read_lease(run)
+def _who(run: Store, job_id: str | None, address: str, driver: LeaseRecord | None) -> str:
+    """Who drives the run, by Ray and by its lease."""
     parts = [f"job {job_id} of {address}"] if job_id else []
-    if lease is not None and not is_stale(lease):
-        parts.append(f"process {lease.pid} on {lease.host}, whose lease runs for {lease.term_s:g} s at a time")
+    if driver is not None:
+        parts.append(f"{driver}, whose lease runs for {driver.term_s:g} s at a time")
     return f"{run} is driven by {', '.join(parts)}"
 
 
@@ -170,9 +191,11 @@ def _follow(options: SubmitOptions, jobs: RayJobs, submission: Submission, job_i
         say(console, f"the run goes on without this command: `tarmac status {job.run}`; the same command follows it")
         raise
     if ended.ending is Ending.FAILED:
-        raise CommandError(f"{job.run} failed: {ended.reason}")
+        error = _RunFailedError(f"{job.run} failed: {ended.reason}")
+        error.job_id, error.num_resubmissions = follower.job_id, follower.num_resubmissions
+        raise error
     message = f"{ended.ending.value}: {job.run}" + (f", {ended.reason}" if ended.reason else "")
-    _answer(options, message, ended.ending.value, follower.job_id, follower.num_resubmissions)
+    _answer(options, ended.ending.value, message, follower.job_id, follower.num_resubmissions)
     return 0 if ended.ending is Ending.FINISHED else STOPPED
 
 
@@ -181,10 +204,24 @@ def _console(options: SubmitOptions) -> Console:
     return Console(stderr=options.json)
 
 
-def _answer(options: SubmitOptions, message: str, state: str, job_id: str | None, num_resubmissions: int = 0) -> int:
+@contextmanager
+def _told_as_json(options: SubmitOptions) -> Iterator[None]:
+    """With --json, an error is told as a result too, beside the line and the exit code that it makes."""
+    try:
+        yield
+    except _ERRORS as error:
+        if options.json:
+            failed = error if isinstance(error, _RunFailedError) else _RunFailedError()
+            state = "failed" if error is failed else "refused"
+            _answer(options, state, str(error), failed.job_id, failed.num_resubmissions)
+        raise
+
+
+def _answer(options: SubmitOptions, state: str, reason: str, job_id: str | None = None, num_again: int = 0) -> int:
+    """Print the result: `reason` is what a person reads."""
     if options.json:
         run = {"run": options.run, "address": options.address, "job": job_id}
-        report(run | {"state": state, "num_resubmissions": num_resubmissions}, as_json=True)
+        report(run | {"state": state, "reason": reason, "num_resubmissions": num_again}, as_json=True)
     else:
-        say(Console(), message)
+        say(Console(), reason)
     return 0

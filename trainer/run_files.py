@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 from pipeline.errors import StoreNotFoundError
 from pipeline.store import Store
-from trainer.config import TrainConfig, differences, from_dict, to_dict
+from trainer.config import LoopConfig, TrainConfig, differences, from_dict, to_dict
 from trainer.errors import RunError, RunMismatchError
+from trainer.evaluate.config import EvaluationRecord
 
-__all__ = ["RunError", "RunMismatchError", "RunRecord", "open_run", "read_run"]
+__all__ = ["RunError", "RunMismatchError", "RunRecord", "no_run", "open_run", "read_any_run", "read_run"]
 
 RUN = "run.json"
 VERSION = 1
@@ -32,6 +33,12 @@ class RunRecord:
     versions: Mapping[str, str]
     """Of Python and of the packages that computed the first step."""
     version: int = VERSION
+
+    @property
+    def loop(self) -> LoopConfig:
+        """What its training loop is told, of a pretraining or of an evaluation."""
+        found: LoopConfig = self.config.train if isinstance(self.config, EvaluationRecord) else self.config
+        return found
 
     def to_json(self) -> bytes:
         """The bytes of run.json."""
@@ -93,15 +100,32 @@ def read_run(run: Store, kind: type[Any] = TrainConfig) -> RunRecord:
         kind: of config that such a run records.
 
     Raises:
-        RunError: there is no run, or its record is damaged or made by newer code.
+        RunError: there is no run, its record is damaged or made by newer code, or it is of another kind.
     """
+    return _read(run, lambda config: kind)
+
+
+def read_any_run(run: Store) -> RunRecord:
+    """The record of a pretraining, whose config is a TrainConfig, or of an evaluation: an EvaluationRecord.
+
+    Raises: as `read_run`.
+    """
+    return _read(run, lambda config: EvaluationRecord if "source" in config else TrainConfig)
+
+
+def no_run(run: Store) -> RunError:
+    """For whoever finds none at this URL."""
+    return RunError(f"{run} is not a run: it has no {RUN}; `tarmac runs` shows the runs below a URL")
+
+
+def _read(run: Store, kind_of: Callable[[dict[str, Any]], type[Any]]) -> RunRecord:
     try:
         body: dict[str, Any] = json.loads(run.read(RUN))
         if body["version"] != VERSION:
             raise RunError(f"{run}/{RUN} has format version {body['version']}; this code reads {VERSION}")
-        return RunRecord(**(body | {"config": from_dict(kind, body["config"])}))
+        return RunRecord(**(body | {"config": from_dict(kind_of(body["config"]), body["config"])}))
     except StoreNotFoundError as error:
-        raise RunError(f"{run} is not a run: it has no {RUN}") from error
+        raise no_run(run) from error
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{run}/{RUN} cannot be read: {error}") from error
 

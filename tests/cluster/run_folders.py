@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 from pipeline.config import DataConfig
 from pipeline.store import Store
 from trainer.config import OptimConfig, TrainConfig
+from trainer.evaluate import recipes as evaluation_recipes
+from trainer.evaluate.config import EvaluationRecord, SourceConfig
 from trainer.run_files import open_run
 
 CONFIG = TrainConfig(data=DataConfig(global_batch_size=10, num_lanes=5), optim=OptimConfig(num_epochs=4.0))
@@ -33,9 +36,20 @@ def write_lines(run: Store, attempt: int, name: str, lines: list[dict[str, Any]]
     run.write(f"attempts/{attempt:04d}/{name}", text.encode())
 
 
-def write_lease(run: Store, *, age_s: float, generation: int = 1, pid: int = 42) -> None:
-    """A lease that was renewed so long ago, and runs for 10 s at a time."""
-    times = {"started": NOW - 100, "renewed": time.time() - age_s, "term_s": 10.0}
+def begin_evaluation(run: Store) -> None:
+    """run.json of a fine-tuning of three classes, for 20 steps."""
+    config = evaluation_recipes.get("finetune_cifar_tiny")
+    model, optim = replace(config.model, num_classes=3), replace(config.optim, num_steps=20)
+    source = SourceConfig(run="s3://bucket/runs/b", step=4000)
+    train = replace(config, model=model, optim=optim)
+    open_run(run, EvaluationRecord(train=train, source=source, val_digest="other digest"), "digest")
+
+
+def write_lease(
+    run: Store, *, age_s: float, generation: int = 1, pid: int = 42, term_s: float = 10.0, released: bool = False
+) -> None:
+    """A lease that was renewed so long ago, and runs for `term_s` at a time."""
+    times = {"started": NOW - 100, "renewed": time.time() - age_s, "term_s": term_s}
     process = {"host": "head", "pid": pid, "kernel": None, "pid_started": None, "driver": f"d{generation}"}
-    body = {"generation": generation, "released": False, **process, **times}
+    body = {"generation": generation, "released": released, **process, **times}
     run.write(f"lease/{generation:06d}.json", json.dumps(body).encode())

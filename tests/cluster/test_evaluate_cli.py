@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from cluster.cli import main
 from cluster.config import EvaluateJob
+from cluster.run_state import read_state
 from pipeline import Loader, open_dataset
 from pipeline.config import AugmentConfig, DataConfig
 from pipeline.store import Store
@@ -21,6 +23,7 @@ from trainer.config import ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from trainer.evaluate import recipes
 from trainer.evaluate.config import EvaluationRecord, SourceConfig
 from trainer.loop import train
+from trainer.metrics import read_metrics
 from trainer.run_files import open_run
 
 ENCODER = ("--model.embed-dim", "16", "--model.depth", "2", "--model.num-heads", "2")
@@ -141,6 +144,28 @@ def test_an_evaluation_runs_to_its_result_and_says_it_again(capsys, urls, tmp_pa
     assert f"top-1 {result['top1']:.2%}" in text
     fails(capsys, [*words, "--optim.base-lr", "0.5"], 2, "optim.base_lr", "-> 0.5")
     assert Path(urls["from"]).is_dir()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_an_evaluation_stops_when_it_is_told_to(urls, tmp_path):
+    run = Store(str(tmp_path / "run"))
+    often = ("--optim.num-steps", "100000", "--log.every-steps", "1", "--log.flush-s", "0.3")
+    program = [sys.executable, "-m", "cluster.cli", *command(urls, run.url, tiny=(*TINY[:-2], *often))]
+    with open(tmp_path / "log", "w+") as log:
+        driver = subprocess.Popen(program, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 240
+            while not read_metrics(run):
+                assert driver.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            assert main(["stop", run.url, "--wait"]) == 0
+            assert driver.wait(120) == 75, (tmp_path / "log").read_text()
+        finally:
+            driver.kill()
+    state = read_state(run)
+    assert (state.state, state.told_to_stop, state.num_steps) == ("stopped", True, 100000)
 
 
 def test_a_job_and_its_record_survive_json():

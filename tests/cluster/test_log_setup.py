@@ -1,10 +1,12 @@
-"""No secret of a URL in any log, whoever set up its handlers."""
+"""No secret of a URL in any log, whoever set up its handlers, and in no traceback."""
 
 from __future__ import annotations
 
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -92,3 +94,26 @@ def test_arguments_that_do_not_fit_are_logged_without_a_secret(
     monkeypatch.setattr(logging, "raiseExceptions", True)
     logging.getLogger("cluster").error(*("%d of %s", URL))
     assert json.loads(logs["root"].getvalue())["message"] == f"%d of %s ('{CLEAN}',)"
+
+
+PROGRAM = """
+import threading
+from cluster.log_setup import set_up_logging
+
+def fail():
+    raise RuntimeError("cannot read s3://key:hidden@bucket/data?token=alsohidden")
+
+set_up_logging(verbose=False)
+import ray  # wraps what is there
+{call}
+"""
+
+
+@pytest.mark.parametrize("call", ["fail()", "t = threading.Thread(target=fail, name='reader'); t.start(); t.join()"])
+def test_a_traceback_has_no_secret_of_a_url(call: str) -> None:
+    program = [sys.executable, "-c", PROGRAM.format(call=call)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=120)
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "RuntimeError: cannot read s3://bucket/data" in done.stderr
+    assert "hidden" not in done.stderr
+    assert ("in thread reader" in done.stderr) == (done.returncode == 0)

@@ -69,6 +69,7 @@ def test_the_defaults_of_a_ray_job(manifest: Callable[[list[str]], dict[str, Any
     job = manifest([*KUBERAY, "--cloud", "azure"])
     spec, group = job["spec"], workers(job)
     assert job["metadata"] == {"name": "tarmac-mae-base-800ep", "namespace": "default"}
+    assert spec["metadata"]["run"] == "s3://bucket/runs/b"  # by which `logs` and `stop --now` find it
     assert spec["backoffLimit"] == 10
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}

@@ -24,7 +24,7 @@ from ray.util import get_node_ip_address
 
 from cluster.cli import main
 from cluster.options import UsageError
-from cluster.ray_access import check_address, open_ray, reload_auth
+from cluster.ray_access import check_access, open_ray, reload_auth
 from pipeline.store import Store
 from tests.console_lines import strange_lines
 from trainer.metrics import read_events, read_metrics
@@ -54,32 +54,37 @@ def no_token(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:6379", "localhost:6379", "ray://[::1]:10001", "http://127.3.2.1:8265"])
 def test_loopback_needs_no_token_and_says_nothing(address: str, capfd: pytest.CaptureFixture[str]) -> None:
-    check_address(address)
+    check_access(address)
     assert "RAY_AUTH_MODE" not in os.environ
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    "address", [ELSEWHERE, f"ray://{ELSEWHERE}", "http://head.example:8265", "https://u:pw@h/?k=v"]
-)
+@pytest.mark.parametrize("address", [ELSEWHERE, f"ray://{ELSEWHERE}", "ray://u:pw@h:10001/?k=v"])
 def test_an_address_elsewhere_is_refused_without_a_token(address: str) -> None:
     with pytest.raises(UsageError, match=r"RAY_AUTH_TOKEN \(not set\) must hold its token; set RAY_AUTH_TOKEN") as info:
-        check_address(address)
+        check_access(address)
     assert "pw" not in str(info.value)
     assert "k=v" not in str(info.value)
+
+
+def test_a_dashboard_elsewhere_that_is_down_is_not_refused() -> None:
+    """It may be up later, and `submit --wait` waits for that."""
+    with pytest.raises(ConnectionError, match=r"no Ray dashboard answers at https://h\.invalid/;") as info:
+        check_access("https://u:pw@h.invalid/?k=v")
+    assert "pw" not in str(info.value)
 
 
 def test_an_address_elsewhere_is_refused_with_authentication_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "x" * 64)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with pytest.raises(UsageError, match=rf"RAY_AUTH_MODE \(disabled\) must be token .*{ELSEWHERE}.*; start it with"):
-        check_address(ELSEWHERE)
+        check_access(ELSEWHERE)
 
 
 def test_a_token_file_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
     with pytest.raises(UsageError, match="absent"):
-        check_address(ELSEWHERE)
+        check_access(ELSEWHERE)
 
 
 @pytest.fixture(params=["disabled", "token"])
@@ -105,9 +110,9 @@ def test_a_cluster_elsewhere_must_ask_for_the_token(cluster: tuple[str, Cluster]
     for address in (nodes.address, f"http://{nodes.head_node.webui_url}"):
         if mode == "disabled":
             with pytest.raises(UsageError, match=f"{address} runs with token authentication off"):
-                check_address(address)
+                check_access(address)
         else:
-            check_address(address)
+            check_access(address)
             assert os.environ["RAY_AUTH_MODE"] == "token"
 
 

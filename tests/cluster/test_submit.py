@@ -1,20 +1,24 @@
 """What is sent to a cluster and what is refused before: no cluster is needed to know."""
 
+import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from dashboard import serve_dashboard
 from ray._private.runtime_env.packaging import get_uri_for_directory
 from ray.job_submission import JobStatus
-from run_folders import write_lines
+from run_folders import write_lease, write_lines
 
 from cluster.cli import main
 from cluster.ray_jobs import Job, is_loopback
 from cluster.run_commands import PretrainOptions, job_of
 from cluster.shipping import pins, runtime_env, stage
+from cluster.stop_request import ask_to_stop, stop_state
 from cluster.submit import Submission, job_prefix
 from pipeline import open_dataset
 from pipeline.store import Store
@@ -23,6 +27,7 @@ from trainer import recipes
 from trainer.run_files import open_run
 
 ROOT = Path(__file__).parents[2]
+START = {"event": "start", "attempt": 1, "step": 0, "time": 0.0, "world_size": 1}
 FAR, NEAR = "http://head.example:8265", "http://127.0.0.1:1"
 
 
@@ -108,6 +113,78 @@ def test_a_run_of_another_recipe_a_finished_one_and_no_cluster(capsys, dataset, 
     code, words = answer(capsys, "--data", tmp_path / "absent", *urls[2:])
     assert code == 1
     assert "manifest" in words
+
+
+@pytest.fixture
+def dashboard():
+    with serve_dashboard("127.0.0.1", "disabled") as serving:
+        yield serving
+
+
+@pytest.fixture
+def run(dataset, tmp_path):
+    """One that a driver began."""
+    run = Store(str(tmp_path / "run"))
+    open_run(run, recipes.get("demo"), open_dataset(dataset).manifest.digest())
+    write_lines(run, 1, "events.jsonl", [START])
+    return run
+
+
+def told(capsys, dataset, run, dashboard, *more, code=0):
+    """The JSON that `submit` prints."""
+    capsys.readouterr()
+    urls = ("--data", dataset, "--run", run.url, "--address", dashboard.address)
+    assert main(["submit", "demo", *urls, "--json", *more]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_stop_is_taken_back_by_a_submission_and_by_no_other_attempt_at_one(capsys, dataset, run, dashboard):
+    ask_to_stop(run)
+    nothing = told(capsys, dataset, run, dashboard, "--if-lost")
+    assert (nothing["state"], nothing["job"]) == ("stopped", None)
+    assert "was told to stop" in nothing["reason"]
+    refused = told(capsys, dataset, run, dashboard, code=1)  # it takes no jobs
+    assert refused["state"] == "refused"
+    assert "did not do it" in refused["reason"]
+    assert stop_state(run) == "asked"
+    dashboard.takes = {"status": "RUNNING"}
+    sent = told(capsys, dataset, run, dashboard)
+    assert (sent["state"], sent["job"]) == ("submitted", f"{job_prefix(run.url)}1")
+    assert stop_state(run) == "none"
+    driven = told(capsys, dataset, run, dashboard, code=1)
+    assert driven["state"] == "refused"
+    assert f"is driven by job {sent['job']} of" in driven["reason"]
+
+
+def test_failures_are_told_as_json_too(capsys, dataset, run, dashboard):
+    wrong = told(capsys, dataset, run, dashboard, "--optim.base-lr", "0.5", code=2)
+    assert wrong["state"] == "refused"
+    assert "optim.base_lr" in wrong["reason"]
+    message = "failed, last logs:\nerror: no dataset\n"
+    dashboard.takes = {"status": "FAILED", "driver_exit_code": 1, "message": message}
+    failed = told(capsys, dataset, run, dashboard, "--wait", code=1)
+    assert failed == {
+        **{"run": run.url, "address": dashboard.address, "job": f"{job_prefix(run.url)}1", "state": "failed"},
+        **{"reason": f"{run} failed: no dataset", "num_resubmissions": 0},
+    }
+    write_lines(run, 1, "events.jsonl", [{"event": "stop", "step": 7, "reason": "non_finite", "time": 0.0}])
+    failed = told(capsys, dataset, run, dashboard, "--if-lost", code=1)
+    assert failed["state"] == "failed"
+    assert "non_finite at step 7" in failed["reason"]
+
+
+@pytest.mark.parametrize("ahead_s", [-3600, 3600])
+def test_a_healthy_run_is_not_lost_whatever_the_clock_says(capsys, dataset, run, dashboard, ahead_s):
+    dashboard.takes = {"status": "RUNNING"}
+    lease = {"age_s": ahead_s, "term_s": 2.0}
+    write_lease(run, **lease)
+    renewal = threading.Timer(1.0, write_lease, (run,), lease)
+    renewal.start()
+    found = told(capsys, dataset, run, dashboard, "--if-lost")
+    renewal.join()
+    assert (found["state"], dashboard.jobs) == ("running", {})
+    assert "process 42 on head" in found["reason"]
+    assert told(capsys, dataset, run, dashboard, "--if-lost")["state"] == "submitted"  # it is renewed no more
 
 
 def test_which_addresses_are_this_machine():

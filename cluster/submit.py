@@ -32,11 +32,14 @@ class Submission:
     overrides: tuple[str, ...]
     """The command line's words but for the two URLs: workers and fields."""
     environment: Environment
+    verbose: bool = False
+    """Whether the driver logs as `tarmac -v` does."""
 
     def entrypoint(self) -> str:
         """The command that the cluster's head runs: the one that a person would type there."""
         urls = ("--data", self.job.data, "--run", self.job.run)
-        return shlex.join(("python", "-m", "cluster.cli", "pretrain", self.recipe, *urls, *self.overrides))
+        command = (*("-v",) * self.verbose, "pretrain", self.recipe)
+        return shlex.join(("python", "-m", "cluster.cli", *command, *urls, *self.overrides))
 
     def metadata(self) -> dict[str, str]:
         """What the job's page in the dashboard shows beside the command."""

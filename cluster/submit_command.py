@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ class OwnOptions:
     wait: bool = False
     """Follow the run to its end, and submit it again when its driver or its cluster was lost."""
     max_resubmissions: int = 5
-    """With --wait: resubmissions in a row without a step further, after which it gives up."""
+    """With --wait: resubmissions in a row without a step further, after which it gives up; with --if-lost: attempts in
+    a row that committed nothing."""
     if_lost: bool = False
     """For cron: do nothing, and say why, if the run is driven, was told to stop, or failed."""
     json: bool = False
@@ -93,7 +95,13 @@ def _checked_submit(options: SubmitOptions, arguments: list[str], recipe: str) -
         check_url(name, getattr(options, name), jobs.address)
     _, overrides = tyro.cli(OwnOptions, args=arguments, return_unknown_args=True)
     job = job_of(options)
-    submission = Submission(job=job, recipe=recipe, overrides=tuple(overrides), environment=options.environment)
+    submission = Submission(
+        job=job,
+        recipe=recipe,
+        overrides=tuple(overrides),
+        environment=options.environment,
+        verbose=logging.getLogger().isEnabledFor(logging.INFO),
+    )
     run = Store(job.run, job.train.store)
     state = _check_run(submission, run)
     if state is not None and state.state == "finished":
@@ -121,6 +129,7 @@ def _check_run(submission: Submission, run: Store) -> RunState | None:
 
 
 def _submit(options: SubmitOptions, jobs: RayJobs, submission: Submission, run: Store, state: RunState | None) -> int:
+    from cluster.failures import count_without_progress
     from cluster.stop_request import stop_taken_back, stop_wanted
     from cluster.submit import active_job, send
 
@@ -140,6 +149,12 @@ def _submit(options: SubmitOptions, jobs: RayJobs, submission: Submission, run: 
     if options.if_lost and state is not None and state.state == "failed":
         again = "submit it without --if-lost when that is mended"
         raise _RunFailedError(f"{run} failed: {state.reason}; {again}")
+    if (
+        options.if_lost
+        and (num := count_without_progress(run, options.max_resubmissions + 1)) > options.max_resubmissions
+    ):
+        again = f"`tarmac logs {run}` may say why; submit it without --if-lost when that is mended"
+        raise _RunFailedError(f"{run} failed: the last {num} attempts committed nothing; {again}")
     with stop_taken_back(run):
         job_id = send(jobs, submission)
     if options.wait:

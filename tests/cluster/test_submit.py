@@ -156,6 +156,19 @@ def test_a_stop_is_taken_back_by_a_submission_and_by_no_other_attempt_at_one(cap
     assert f"is driven by job {sent['job']} of" in driven["reason"]
 
 
+def test_cron_gives_up_a_run_whose_drivers_die_again_and_again(capsys, dataset, run, dashboard):
+    dashboard.takes = {"status": "FAILED", "driver_exit_code": -9, "message": ""}
+    for attempt in range(1, 4):
+        assert told(capsys, dataset, run, dashboard, "--if-lost", "--max-resubmissions", "3")["state"] == "submitted"
+        write_lines(run, attempt, "driver.jsonl", [{"event": "placed", "time": float(attempt)}])
+    write_lines(run, 4, "driver.jsonl", [{"event": "placed", "time": 4.0}])
+    given_up = told(capsys, dataset, run, dashboard, "--if-lost", "--max-resubmissions", "3", code=1)
+    assert given_up["state"] == "failed"
+    assert "the last 4 attempts committed nothing" in given_up["reason"]
+    write_lines(run, 4, "events.jsonl", [{"event": "save", "step": 7, "time": 5.0}])
+    assert told(capsys, dataset, run, dashboard, "--if-lost", "--max-resubmissions", "3")["state"] == "submitted"
+
+
 def test_failures_are_told_as_json_too(capsys, dataset, run, dashboard):
     wrong = told(capsys, dataset, run, dashboard, "--optim.base-lr", "0.5", code=2)
     assert wrong["state"] == "refused"

@@ -70,20 +70,21 @@ class Watch:
     @property
     def training_s(self) -> float:
         """Time since the attempt's first step."""
-        return time.monotonic() - self._first_step if self._first_step else 0.0
+        return 0.0 if self._first_step is None else time.monotonic() - self._first_step
 
     def look(self, news: News) -> None:
         """Take the news, look at the nodes, and act."""
         if news.records:
             self._progressed = time.monotonic()
-            self._first_step = self._first_step or self._progressed
+            if self._first_step is None:
+                self._first_step = self._progressed
         self._save_s = max([self._save_s, *(event["seconds"] for event in news.events if event["event"] == "save")])
         self._look_for_silence(news.workers)
         self._look_for_stall(news.workers)
         if self.aim is None:
             self._look_for_notices(news)
         if self.aim is None:
-            self._look_for_more(started=bool(news.records))
+            self._look_for_more(news.workers)
 
     def stop(self, aim: Aim) -> None:
         """Ask the workers to save and return."""
@@ -116,12 +117,13 @@ class Watch:
 
     def _look_for_notices(self, news: News) -> None:
         """A node that leaves: move at once if there is room without it, else stay until shortly before its end."""
-        used = {worker.node for worker in news.workers} | {self._driver_node}
+        workers = [worker.node for worker in news.workers]
+        used = {*workers, self._driver_node}
         leaving = {node: deadline for node, deadline in self._nodes.leaving.items() if node in used}
         new = leaving.keys() - self._known
         self._known |= new
         sources = {notice["node"]: notice["source"] for notice in news.notices}
-        action = self._answer_to(leaving) if leaving else "none"
+        action = self._answer_to(leaving, workers) if leaving else "none"
         for node in new:
             source = sources.get(node, "drain")
             self._tell("notice", node=node, source=source, deadline=leaving[node], action=action)
@@ -130,21 +132,21 @@ class Watch:
         elif new:
             self._ask(Wish.SAVE)
 
-    def _answer_to(self, leaving: dict[str, float | None]) -> Literal["move", "save"]:
-        if self._driver_node in leaving or self._nodes.capacity() is not None:
+    def _answer_to(self, leaving: dict[str, float | None], workers: list[str]) -> Literal["move", "save"]:
+        if self._driver_node in leaving or self._nodes.room(workers) is not None:
             return "move"
         ends = [deadline for deadline in leaving.values() if deadline is not None]
         return "move" if ends and min(ends) - time.time() < max(_LAST_SAVE_S, 3 * self._save_s) else "save"
 
-    def _look_for_more(self, started: bool) -> None:
+    def _look_for_more(self, workers: list[Worker]) -> None:
         """More workers than now fit, and have for a while."""
         if (
-            not started
+            self._first_step is None
             or time.monotonic() - self._began < _RESIZE_AFTER_S
             or self._num_workers == self._job.num_workers
         ):
             return
-        if (self._nodes.room(self._num_workers) or 0) <= self._num_workers:
+        if (self._nodes.room([worker.node for worker in workers]) or 0) <= self._num_workers:
             self._more_since = None
         elif self._more_since is None:
             self._more_since = time.monotonic()

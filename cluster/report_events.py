@@ -53,7 +53,7 @@ def _lost(event: Event) -> str:
 
 
 def _notice(event: Event) -> str:
-    actions = {"move": "saved, and moved away", "save": "saved", "none": "nothing of this run is there"}
+    actions = {"move": "saved, and moved away", "save": "saved", "stop": "saved and stopped: the driver was on it"}
     return (
         f"notice ({event['source']}): node {event['node']} goes away; {actions.get(event['action'], event['action'])}"
     )

@@ -123,17 +123,22 @@ class Watch:
         new = leaving.keys() - self._known
         self._known |= new
         sources = {notice["node"]: notice["source"] for notice in news.notices}
-        action = self._answer_to(leaving, workers) if leaving else "none"
+        if not leaving:
+            return
+        action = self._answer_to(leaving, workers)
         for node in new:
             source = sources.get(node, "drain")
             self._tell("notice", node=node, source=source, deadline=leaving[node], action=action)
-        if action == "move":
-            self.stop("stop" if self._driver_node in leaving else "move")
+        if action != "save":
+            self.stop(action)
         elif new:
             self._ask(Wish.SAVE)
 
-    def _answer_to(self, leaving: dict[str, float | None], workers: list[str]) -> Literal["move", "save"]:
-        if self._driver_node in leaving or self._nodes.room(workers) is not None:
+    def _answer_to(self, leaving: dict[str, float | None], workers: list[str]) -> Literal["stop", "move", "save"]:
+        """What to do: `stop` ends the run, for its driver goes too; `move` makes another attempt; `save` stays."""
+        if self._driver_node in leaving:
+            return "stop"
+        if self._nodes.room(workers) is not None:
             return "move"
         ends = [deadline for deadline in leaving.values() if deadline is not None]
         return "move" if ends and min(ends) - time.time() < max(_LAST_SAVE_S, 3 * self._save_s) else "save"

@@ -241,16 +241,14 @@ class Driver:
 
     def _broken(self, watch: Watch, fit: Fit, news: News) -> str:
         """Why the workers are gone."""
-        if news.error is not None:
-            return news.error
         if watch.broken is not None:
-            what = {"silence": "gave no sign of life", "stall": "completed no step"}[watch.broken]
-            return f"workers {what} for too long and were killed"
+            # What the others said then is mostly that they miss those that were killed.
+            return watch.broken_by + (f"; then: {news.error}" if news.error else "")
         if fit.found_no_place:
             each = amounts(worker_resources(self._job))
             what = f"Ray found no place for {fit.num_workers} workers with {each} each"
             return f"{what}, although they seemed to fit; fewer are tried, or these again later"
-        return fit.error or "the worker processes were killed"
+        return news.error or fit.error or "the worker processes were killed"
 
     def _tell(self, kind: str, **fields: Any) -> None:
         """An event of the driver, for the run and for whoever looks on."""

@@ -66,6 +66,8 @@ class Watch:
         """Set once the workers are asked to stop."""
         self.broken: Literal["silence", "stall"] | None = None
         """Why workers were killed."""
+        self.broken_by = ""
+        """The same in words: who, for how long, and which option sets the limit."""
 
     @property
     def training_s(self) -> float:
@@ -97,13 +99,23 @@ class Watch:
 
     def _look_for_silence(self, workers: list[Worker]) -> None:
         limit_s = self._job.silence_timeout_s
-        silent = [worker for worker in workers if worker.silent_s is not None and worker.silent_s > limit_s]
-        if silent and self._kill(silent):
-            self.broken = self.broken or "silence"
+        silent = {rank: worker for rank, worker in enumerate(workers) if (worker.silent_s or 0.0) > limit_s}
+        if silent and self._kill(list(silent.values())):
+            longest_s = max(worker.silent_s or 0.0 for worker in silent.values())
+            who = ("rank " if len(silent) == 1 else "ranks ") + ", ".join(map(str, silent))
+            self._break("silence", f"{who} gave no sign of life for {longest_s:.0f} s", limit_s)
 
     def _look_for_stall(self, workers: list[Worker]) -> None:
-        if workers and time.monotonic() - self._progressed > self._job.stall_timeout_s and self._kill(workers):
-            self.broken = self.broken or "stall"
+        stood_s, limit_s = time.monotonic() - self._progressed, self._job.stall_timeout_s
+        if workers and stood_s > limit_s and self._kill(workers):
+            ranks = "rank 0" if len(workers) == 1 else f"ranks 0 to {len(workers) - 1}"
+            self._break("stall", f"{ranks} completed no step for {stood_s:.0f} s", limit_s)
+
+    def _break(self, kind: Literal["silence", "stall"], what: str, limit_s: float) -> None:
+        """Note why workers were killed; of several reasons the first one counts."""
+        if self.broken is None:
+            remedy = f"where that can be in order, give more than --{kind}-timeout-s {limit_s:g}"
+            self.broken, self.broken_by = kind, f"killed: {what}; {remedy}"
 
     def _kill(self, workers: list[Worker]) -> bool:
         """Kill workers; Ray Train then ends the others. Not again for a while: one that is being killed is silent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,10 +47,10 @@ class Ray:
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
     ray = Ray()
-    monkeypatch.setattr(module.ray, "nodes", lambda: ray.nodes)
+    monkeypatch.setattr(module, "ray", SimpleNamespace(nodes=lambda: ray.nodes))
     monkeypatch.setattr(module, "draining_nodes", lambda: dict(ray.draining))
     monkeypatch.setattr(module, "_free_by_node", lambda: {name: {"CPU": cpus} for name, cpus in ray.free.items()})
-    monkeypatch.setattr(module.time, "monotonic", lambda: ray.now)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: ray.now))
     return ray
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -80,8 +81,8 @@ def begin(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Begins a scene: its clock is the module's."""
 
     def begin(scene: Scene) -> Scene:
-        monkeypatch.setattr(module.time, "monotonic", lambda: scene.now)
-        monkeypatch.setattr(module.time, "time", lambda: EPOCH + scene.now)
+        clock = SimpleNamespace(monotonic=lambda: scene.now, time=lambda: EPOCH + scene.now)
+        monkeypatch.setattr(module, "time", clock)
         scene.begin()
         return scene
 

@@ -22,6 +22,7 @@ from cluster.fit import Fit, Fits
 from cluster.lease import Lease
 from cluster.node_agent import NodeAgents
 from cluster.nodes import Nodes
+from cluster.options import amounts
 from cluster.relay import News, start_relay
 from cluster.run_metrics import RunMetrics
 from cluster.stops import Stops
@@ -160,8 +161,7 @@ class Driver:
                 return room
             if now - told > _WAIT_TOLD_S:
                 told = now
-                need, have = self._nodes.amounts()
-                self._tell("waiting", need=need, have=have)
+                self._tell("waiting", **self._nodes.shortage())
             self._hear()
             self._check_lease()
             time.sleep(_POLL_S)
@@ -185,7 +185,7 @@ class Driver:
             watch.look(news)
             self._fits.started(self._number, news.workers)
             if watch.aim is None and watch.training_s > _PREPARE_AFTER_S:
-                sizes = self._nodes.next_sizes(fit.num_workers)
+                sizes = self._nodes.next_sizes([worker.node for worker in news.workers])
                 self._fits.prepare(self._number, sizes, news.environment, self._nodes.candidates(self._used))
 
     def _outcome(self, fit: Fit, watch: Watch, news: News) -> _Outcome:
@@ -193,7 +193,8 @@ class Driver:
             return _Outcome("finished", StopReason.FINISHED)
         if fit.reason is StopReason.STOPPED:
             return _ENDS[watch.aim or "stop"]
-        error = news.fatal or news.error or _broken(watch, fit)
+        self._nodes.note_place(fit.num_workers, found=not fit.found_no_place)
+        error = news.fatal or self._broken(watch, fit, news)
         self._tell("lost", error=error, detected=watch.broken or "error")
         self._check_lease()
         if news.fatal is not None:
@@ -239,19 +240,22 @@ class Driver:
         self._on_news(news)
         return news
 
+    def _broken(self, watch: Watch, fit: Fit, news: News) -> str:
+        """Why the workers are gone."""
+        if watch.broken is not None:
+            # What the others said then is mostly that they miss those that were killed.
+            return watch.broken_by + (f"; then: {news.error}" if news.error else "")
+        if fit.found_no_place:
+            each = amounts(worker_resources(self._job))
+            what = f"Ray found no place for {fit.num_workers} workers with {each} each"
+            return f"{what}, although they seemed to fit; fewer are tried, or these again later"
+        return news.error or fit.error or "the worker processes were killed"
+
     def _tell(self, kind: str, **fields: Any) -> None:
         """An event of the driver, for the run and for whoever looks on."""
         event = {"event": kind, "time": time.time(), **fields}
         self._log.add(event)
         self._told.append(event)
-
-
-def _broken(watch: Watch, fit: Fit) -> str:
-    """Why workers are gone that said nothing themselves."""
-    if watch.broken is not None:
-        what = {"silence": "gave no sign of life", "stall": "completed no step"}[watch.broken]
-        return f"workers {what} for too long and were killed"
-    return fit.error or "the worker processes were killed"
 
 
 def _committed_step(run: Store) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from cluster.capacity import num_after_loss, num_fitting, num_within, worker_resources, world_within
+from cluster.capacity import Refusals, num_after_loss, num_fitting, num_within, worker_resources, world_within
 from cluster.config import JobConfig
 from cluster.draining import draining_nodes
 
@@ -33,6 +33,7 @@ class Nodes:
         self._next = 0.0
         self._nodes: list[dict[str, Any]] = []
         self._gone: set[str] = set()
+        self._refusals, self._fitting = Refusals(), 0
         self.leaving: dict[str, float | None] = {}
         """Nodes that will be taken away, with the time in seconds since 1970, or None if it is not known."""
 
@@ -58,22 +59,31 @@ class Nodes:
             answers = pool.map(_answers, alive)
             self._gone = {node["NodeID"] for node, up in zip(alive, answers, strict=True) if not up}
 
-    def capacity(self) -> int | None:
-        """The world size that the nodes that stay could hold, were nothing else on them; None if it is too few."""
-        return world_within(self._job, num_fitting(self._nodes, self._avoided(), self._need))
+    def room(self, running: Collection[str] = ()) -> int | None:
+        """The world size that fits now on the nodes that stay, beside what else runs there; None if it is too few.
 
-    def room(self, num_running: int = 0) -> int | None:
-        """The world size that fits now, beside what else runs, if `num_running` workers of ours do already."""
-        fitting = num_fitting(self._nodes, self._avoided(), self._need)
-        free = num_within(ray.available_resources(), self._need)  # type: ignore[no-untyped-call]
-        return world_within(self._job, min(fitting, free + num_running))
+        Args:
+            running: the node of each worker of ours. What they hold would be free for the next attempt.
+        """
+        fitting = num_fitting(self.staying(), _free_by_node(), running, self._need)
+        if not running:
+            self._fitting = fitting  # what the next attempt goes by
+        return world_within(self._job, self._refusals.most(fitting, time.monotonic()))
 
-    def next_sizes(self, num_running: int) -> list[int]:
-        """World sizes that may come after `num_running`: the same, what is left without a node, what has come."""
+    def note_place(self, num_workers: int, *, found: bool) -> None:
+        """An attempt with so many workers was made, and Ray had a place for them or not."""
+        self._refusals.note(num_workers, self._fitting, time.monotonic(), found=found)
+
+    def next_sizes(self, running: Collection[str]) -> list[int]:
+        """World sizes that may come after this one: the same, what is left without a node, what has come.
+
+        Args:
+            running: the node of each worker of ours.
+        """
         fewer = world_within(self._job, num_after_loss(self.staying(), self._need))
         # Asking Ray what is free is for those that may grow.
-        more = self.room(num_running) if num_running < self._job.num_workers else None
-        return list(dict.fromkeys(size for size in (num_running, fewer, more) if size is not None))
+        more = self.room(running) if len(running) < self._job.num_workers else None
+        return list(dict.fromkeys(size for size in (len(running), fewer, more) if size is not None))
 
     def candidates(self, used: Collection[str]) -> list[dict[str, Any]]:
         """Nodes that the next attempt may be on: those of `used` that stay, and some others that hold a worker."""
@@ -81,11 +91,23 @@ class Nodes:
         others = [node for node in able if node["NodeID"] not in used]
         return [node for node in able if node["NodeID"] in used] + others[:_NUM_SPARES]
 
-    def amounts(self) -> tuple[dict[str, float], dict[str, float]]:
-        """What the fewest workers need, and what the nodes that stay have in all, in use or not."""
+    def shortage(self) -> dict[str, Any]:
+        """Why workers wait, by the last `room()`, as the fields of an event.
+
+        Returns:
+            `need`, what the fewest workers take; `have`, what the nodes that stay have in all, in use or not;
+            `num_least`, the fewest workers; `num_fitting`, how many fit beside what else runs; `retry_s`, the time
+            until Ray is asked again for workers that it found no place for, 0 if that is not what they wait for.
+        """
         need = {kind: amount * self._job.least_workers for kind, amount in self._need.items()}
-        have = [node["Resources"] for node in self.staying()]
-        return need, {kind: sum(float(node.get(kind, 0.0)) for node in have) for kind in need}
+        nodes = [node["Resources"] for node in self.staying()]
+        return {
+            "need": need,
+            "have": {kind: sum(float(node.get(kind, 0.0)) for node in nodes) for kind in need},
+            "num_least": self._job.least_workers,
+            "num_fitting": self._fitting,
+            "retry_s": self._refusals.left_s(time.monotonic()),
+        }
 
     def staying(self) -> list[dict[str, Any]]:
         """The nodes that are up and not about to go, as `ray.nodes()` has them."""
@@ -93,6 +115,12 @@ class Nodes:
 
     def _avoided(self) -> Collection[str]:
         return self._gone | set(self.leaving)
+
+
+def _free_by_node() -> dict[str, dict[str, float]]:
+    """What nobody has reserved, by the node's id: Ray's public call adds all nodes up."""
+    free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return free
 
 
 def _answers(node: dict[str, Any]) -> bool:

@@ -133,5 +133,5 @@ def _quarantined(event: dict[str, Any]) -> str:
 
 def _notice(event: dict[str, Any]) -> str:
     left = "" if event["deadline"] is None else f" in {max(0, event['deadline'] - time.time()):.0f} s"
-    doing = {"move": "saving a checkpoint, and going on without it", "save": "saving a checkpoint, and going on"}
-    return f"node {event['node'][:8]} will be taken away{left} ({event['source']}): {doing[event['action']]}"
+    what = {"move": "going on without it", "save": "going on", "stop": "stopping: the driver is on it"}[event["action"]]
+    return f"node {event['node'][:8]} will be taken away{left} ({event['source']}): saving a checkpoint, and {what}"

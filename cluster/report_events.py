@@ -53,7 +53,7 @@ def _lost(event: Event) -> str:
 
 
 def _notice(event: Event) -> str:
-    actions = {"move": "saved, and moved away", "save": "saved", "none": "nothing of this run is there"}
+    actions = {"move": "saved, and moved away", "save": "saved", "stop": "saved and stopped: the driver was on it"}
     return (
         f"notice ({event['source']}): node {event['node']} goes away; {actions.get(event['action'], event['action'])}"
     )
@@ -64,11 +64,18 @@ def _stop(event: Event) -> str:
     return f"{reasons.get(event['reason'], 'stopped: ' + str(event['reason']))} at step {event['step']}"
 
 
+def _waiting(event: Event) -> str:
+    text = f"waited for nodes: the workers need {amounts(event['need'])}, the cluster has {amounts(event['have'])}"
+    if event.get("retry_s"):
+        return f"{text}; Ray found no place for them there, and is asked again in {event['retry_s']:.0f} s"
+    if "num_fitting" in event:
+        text += f", with room for {event['num_fitting']} of {event['num_least']} workers beside what else runs"
+    return text
+
+
 _SENTENCES: dict[str, Callable[[Event], str]] = {
     "start": _start,
-    "waiting": lambda event: (
-        f"waited for nodes: the workers need {amounts(event['need'])}, the cluster has {amounts(event['have'])}"
-    ),
+    "waiting": _waiting,
     "notice": _notice,
     "stopping": lambda event: f"{event['signal']}: asked to save and stop",
     "lost": _lost,

@@ -66,24 +66,27 @@ class Watch:
         """Set once the workers are asked to stop."""
         self.broken: Literal["silence", "stall"] | None = None
         """Why workers were killed."""
+        self.broken_by = ""
+        """The same in words: who, for how long, and which option sets the limit."""
 
     @property
     def training_s(self) -> float:
         """Time since the attempt's first step."""
-        return time.monotonic() - self._first_step if self._first_step else 0.0
+        return 0.0 if self._first_step is None else time.monotonic() - self._first_step
 
     def look(self, news: News) -> None:
         """Take the news, look at the nodes, and act."""
         if news.records:
             self._progressed = time.monotonic()
-            self._first_step = self._first_step or self._progressed
+            if self._first_step is None:
+                self._first_step = self._progressed
         self._save_s = max([self._save_s, *(event["seconds"] for event in news.events if event["event"] == "save")])
         self._look_for_silence(news.workers)
         self._look_for_stall(news.workers)
         if self.aim is None:
             self._look_for_notices(news)
         if self.aim is None:
-            self._look_for_more(started=bool(news.records))
+            self._look_for_more(news.workers)
 
     def stop(self, aim: Aim) -> None:
         """Ask the workers to save and return."""
@@ -96,13 +99,23 @@ class Watch:
 
     def _look_for_silence(self, workers: list[Worker]) -> None:
         limit_s = self._job.silence_timeout_s
-        silent = [worker for worker in workers if worker.silent_s is not None and worker.silent_s > limit_s]
-        if silent and self._kill(silent):
-            self.broken = self.broken or "silence"
+        silent = {rank: worker for rank, worker in enumerate(workers) if (worker.silent_s or 0.0) > limit_s}
+        if silent and self._kill(list(silent.values())):
+            longest_s = max(worker.silent_s or 0.0 for worker in silent.values())
+            who = ("rank " if len(silent) == 1 else "ranks ") + ", ".join(map(str, silent))
+            self._break("silence", f"{who} gave no sign of life for {longest_s:.0f} s", limit_s)
 
     def _look_for_stall(self, workers: list[Worker]) -> None:
-        if workers and time.monotonic() - self._progressed > self._job.stall_timeout_s and self._kill(workers):
-            self.broken = self.broken or "stall"
+        stood_s, limit_s = time.monotonic() - self._progressed, self._job.stall_timeout_s
+        if workers and stood_s > limit_s and self._kill(workers):
+            ranks = "rank 0" if len(workers) == 1 else f"ranks 0 to {len(workers) - 1}"
+            self._break("stall", f"{ranks} completed no step for {stood_s:.0f} s", limit_s)
+
+    def _break(self, kind: Literal["silence", "stall"], what: str, limit_s: float) -> None:
+        """Note why workers were killed; of several reasons the first one counts."""
+        if self.broken is None:
+            remedy = f"where that can be in order, give more than --{kind}-timeout-s {limit_s:g}"
+            self.broken, self.broken_by = kind, f"killed: {what}; {remedy}"
 
     def _kill(self, workers: list[Worker]) -> bool:
         """Kill workers; Ray Train then ends the others. Not again for a while: one that is being killed is silent."""
@@ -116,35 +129,41 @@ class Watch:
 
     def _look_for_notices(self, news: News) -> None:
         """A node that leaves: move at once if there is room without it, else stay until shortly before its end."""
-        used = {worker.node for worker in news.workers} | {self._driver_node}
+        workers = [worker.node for worker in news.workers]
+        used = {*workers, self._driver_node}
         leaving = {node: deadline for node, deadline in self._nodes.leaving.items() if node in used}
         new = leaving.keys() - self._known
         self._known |= new
         sources = {notice["node"]: notice["source"] for notice in news.notices}
-        action = self._answer_to(leaving) if leaving else "none"
+        if not leaving:
+            return
+        action = self._answer_to(leaving, workers)
         for node in new:
             source = sources.get(node, "drain")
             self._tell("notice", node=node, source=source, deadline=leaving[node], action=action)
-        if action == "move":
-            self.stop("stop" if self._driver_node in leaving else "move")
+        if action != "save":
+            self.stop(action)
         elif new:
             self._ask(Wish.SAVE)
 
-    def _answer_to(self, leaving: dict[str, float | None]) -> Literal["move", "save"]:
-        if self._driver_node in leaving or self._nodes.capacity() is not None:
+    def _answer_to(self, leaving: dict[str, float | None], workers: list[str]) -> Literal["stop", "move", "save"]:
+        """What to do: `stop` ends the run, for its driver goes too; `move` makes another attempt; `save` stays."""
+        if self._driver_node in leaving:
+            return "stop"
+        if self._nodes.room(workers) is not None:
             return "move"
         ends = [deadline for deadline in leaving.values() if deadline is not None]
         return "move" if ends and min(ends) - time.time() < max(_LAST_SAVE_S, 3 * self._save_s) else "save"
 
-    def _look_for_more(self, started: bool) -> None:
+    def _look_for_more(self, workers: list[Worker]) -> None:
         """More workers than now fit, and have for a while."""
         if (
-            not started
+            self._first_step is None
             or time.monotonic() - self._began < _RESIZE_AFTER_S
             or self._num_workers == self._job.num_workers
         ):
             return
-        if (self._nodes.room(self._num_workers) or 0) <= self._num_workers:
+        if (self._nodes.room([worker.node for worker in workers]) or 0) <= self._num_workers:
             self._more_since = None
         elif self._more_since is None:
             self._more_since = time.monotonic()

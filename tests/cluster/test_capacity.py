@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.capacity import num_after_loss, num_fitting, num_within, worker_resources, world_within
+from cluster.capacity import Refusals, num_after_loss, num_fitting, num_within, worker_resources, world_within
 from cluster.config import JobConfig
 from pipeline.config import DataConfig
 from trainer.config import ParallelConfig, TrainConfig
@@ -18,11 +18,30 @@ def node(name, alive=True, **resources):
     return {"NodeID": name, "Alive": alive, "Resources": resources}
 
 
-def test_workers_are_counted_node_by_node():
-    nodes = [node("a", CPU=4.0), node("b", CPU=3.0), node("c", CPU=9.0, alive=False), node("d", CPU=8.0)]
-    assert num_fitting(nodes, {"d"}, {"CPU": 2.0}) == 3  # 2 and 1: a worker is on one node
-    assert num_fitting(nodes, set(), {"CPU": 2.0}) == 7
-    assert num_fitting(nodes, set(), {"CPU": 2.0, "GPU": 1.0}) == 0
+TWO_NODES = [node("a", CPU=8.0), node("b", CPU=8.0, GPU=2.0)]
+
+
+@pytest.mark.parametrize(
+    ("free", "running", "need", "num"),
+    [
+        pytest.param({"a": 8.0, "b": 8.0}, [], 4.0, 4, id="nothing else is there"),
+        pytest.param({"a": 6.0, "b": 6.0}, [], 4.0, 2, id="halves on two nodes are no worker"),
+        pytest.param({"a": 4.0, "b": 8.0}, [], 3.0, 3, id="one and two"),
+        pytest.param({"b": 8.0}, [], 4.0, 2, id="nothing is free: Ray does not name it"),
+        pytest.param({"a": 2.0, "b": 6.0}, ["a", "b"], 4.0, 3, id="ours, and what is free beside them"),
+        pytest.param({}, ["a", "a", "b"], 4.0, 3, id="ours, where others have the rest"),
+        pytest.param({"a": 8.0, "b": 8.0}, ["a", "a"], 4.0, 4, id="ours, which Ray does not count yet"),
+        pytest.param({"a": 8.0}, ["gone", "gone"], 4.0, 2, id="ours on a node that leaves do not count"),
+        pytest.param({"a": 8.0, "gone": 8.0}, [], 4.0, 2, id="nor does what is free there"),
+    ],
+)
+def test_workers_are_counted_node_by_node_beside_what_else_runs(free, running, need, num):
+    assert num_fitting(TWO_NODES, {name: {"CPU": cpus} for name, cpus in free.items()}, running, {"CPU": need}) == num
+
+
+def test_every_resource_of_a_worker_has_to_be_on_its_node():
+    free = {"a": {"CPU": 8.0}, "b": {"CPU": 8.0, "GPU": 1.0}}
+    assert num_fitting(TWO_NODES, free, [], {"CPU": 1.0, "GPU": 1.0}) == 1
 
 
 def test_the_node_that_is_lost_is_the_one_with_the_most_workers():
@@ -53,3 +72,36 @@ def test_without_a_minimum_all_workers_are_needed(room, size):
 @pytest.mark.parametrize(("room", "size"), [(3, None), (5, 4), (7, 4), (8, 8)])
 def test_copies_of_the_model_stay_whole(room, size):
     assert world_within(job(shard_size=4), room) == size
+
+
+def test_a_size_without_a_place_is_held_back_longer_and_longer():
+    refusals, now, waited = Refusals(), 1000.0, []
+    assert refusals.most(5, now) == 5
+    for _ in range(7):
+        refusals.note(3, 5, now, found=False)
+        assert refusals.most(5, now) == 2
+        waited.append(refusals.left_s(now))
+        now += waited[-1]
+        assert refusals.most(5, now - 0.1) == 2
+        assert refusals.most(5, now) == 5
+    assert waited == [30, 60, 120, 240, 480, 600, 600]
+
+
+@pytest.mark.parametrize("fitting", [4, 6])
+def test_a_size_without_a_place_is_tried_at_once_when_something_has_changed(fitting):
+    refusals = Refusals()
+    refusals.note(3, 5, 1000.0, found=False)
+    assert refusals.most(fitting, 1001.0) == fitting
+    assert refusals.most(5, 1002.0) == 5
+    assert refusals.left_s(1002.0) == 0
+
+
+def test_a_place_for_fewer_workers_says_nothing_of_more_and_one_for_as_many_does():
+    refusals = Refusals()
+    refusals.note(3, 5, 1000.0, found=False)
+    refusals.note(2, 5, 1001.0, found=True)
+    assert refusals.most(5, 1002.0) == 2
+    refusals.note(3, 5, 1003.0, found=True)
+    assert refusals.most(5, 1003.0) == 5
+    refusals.note(3, 5, 1004.0, found=False)
+    assert refusals.left_s(1004.0) == 30  # it begins anew

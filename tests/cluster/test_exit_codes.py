@@ -36,7 +36,8 @@ def test_a_second_driver(command, capsys):
 
 
 def test_a_store_that_does_not_answer_and_answers_of_one(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     urls = ["--data", "s3://bucket/d", "--run", "s3://bucket/r", "--store.deadline-s", "1"]

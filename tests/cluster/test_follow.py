@@ -58,7 +58,7 @@ class Cluster:
             raise self.answer
         return self.answer
 
-    def named(self, prefix):
+    def of_run(self, prefix, run):
         return [dataclasses.replace(job(FAILED), id=name) for name in self.sent]
 
     def submit(self, **request):

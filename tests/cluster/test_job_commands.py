@@ -26,7 +26,7 @@ def drive(run, *, age_s=1.0):
     """A driver that has come to step 12, and renewed its lease so long ago."""
     write_lines(run, 1, "driver.jsonl", [ASKED, PLACED])
     write_lines(run, 1, "events.jsonl", [START])
-    write_lines(run, 1, "metrics-000000.jsonl", [record(12, NOW - 30)])
+    write_lines(run, 1, "metrics-000000.jsonl", [record(12, time.time() - 30)])
     write_lease(run, age_s=age_s)
 
 

@@ -41,6 +41,11 @@ def test_a_killed_run() -> None:
     assert [KILLED.by_step[step]["time"] for step in (2, 3)] == [11.0, 20.0]
 
 
+def test_steps_beside_a_save_are_those_after_it_began() -> None:
+    assert measure.steps_beside_save(KILLED, 12.5, cadence=2) == 1  # the save of step 2
+    assert measure.steps_beside_save(KILLED, 12.5, cadence=3) == 0
+
+
 def test_a_run_that_goes_on_through_the_fault() -> None:
     steady = history([(1, 1, 10.0), (1, 2, 11.0), (1, 3, 14.0), (1, 4, 15.0)])
     assert measure.steps_lost(steady) == 0
@@ -138,7 +143,13 @@ def test_the_digest_is_the_trainers() -> None:
 
 def test_goals_are_missed_where_a_row_failed() -> None:
     rows = [row for row in faults.ROWS if row.name in ("worker-killed", "node-drained")]
-    fine = {"steps_lost": 20, "again_s": 12.0, "samples_wrong": 0, "same_weights": True}
+    fine = {
+        "steps_lost": 20,
+        "steps_lost_but_beside_save": 20,
+        "again_s": 12.0,
+        "samples_wrong": 0,
+        "same_weights": True,
+    }
     found = goals.goals_of(rows, [{"name": "worker-killed", **fine}, {"name": "node-drained", "error": "no"}], [], 50)
     verdicts = {goal.name: goal.met for goal in found}
     assert verdicts == {

@@ -54,6 +54,8 @@ class Row:
     demo_model: bool = False
     """It trains the demo's recipe, not a smaller one; no undisturbed run is there to compare losses and weights to."""
     max_cadences_lost: int = 1
+    in_save: bool = False
+    """It dies while a save is under way, beside which it trains on: those steps are beyond the cadence."""
     check: Callable[[Scene, History], None] = lambda scene, history: None
     """Called when the run has ended; StepError if something else is not as it should be."""
     cloud: Cloud | None = None
@@ -163,8 +165,8 @@ def killed_during_load(scene: Scene) -> None:
 
 
 def kill_at_request(scene: Scene, method: str, part: str, rank: int) -> None:
-    """SIGKILL a rank when a checkpoint's file is sent, after the second checkpoint; the file does not arrive."""
-    scene.wait_for_step(2 * scene.job.cadence + 1)
+    """SIGKILL a rank when a file of the third checkpoint is sent; the file does not arrive."""
+    scene.wait_for_step(strike_step(scene))
     pid, seen = scene.rank_pid(rank), threading.Event()
 
     def on_request(request: str) -> Action | None:
@@ -285,8 +287,8 @@ ROWS = (
         cluster_killed,
         exempt=f"{NEW_DRIVER}, and so is the cluster",
     ),
-    Row("save-killed", "SIGKILL during a save", killed_during_save, timed=True, proxied=True),
-    Row("commit-killed", "SIGKILL at the commit", killed_at_commit, timed=True, proxied=True),
+    Row("save-killed", "SIGKILL during a save", killed_during_save, timed=True, in_save=True, proxied=True),
+    Row("commit-killed", "SIGKILL at the commit", killed_at_commit, timed=True, in_save=True, proxied=True),
     Row("load-killed", "SIGKILL during a load", killed_during_load, timed=True, timed_from_last=True, proxied=True),
     Row("store-down", "the store is down for 60 s", store_down),
     Row("two-drivers", "two drivers at once", two_drivers, max_cadences_lost=0, check=other_refused),

@@ -39,7 +39,7 @@ def goals_of(
             for goal in worst(
                 f"steps lost without notice, {times} x the cadence",
                 lambda row, times=times: row in unnoticed and row.max_cadences_lost == times,
-                "steps_lost",
+                "steps_lost_but_beside_save",
                 times * cadence,
             )
         ),

@@ -101,6 +101,12 @@ def steps_lost(history: History) -> int:
     return len(history.records) - len({record["step"] for _, record in history.records})
 
 
+def steps_beside_save(history: History, fault: float, cadence: int) -> int:
+    """Steps that were trained beside the save that a fault struck: a save begins after each `cadence` steps."""
+    struck = max(attempt for attempt, record in history.records if record["time"] <= fault)
+    return max(record["step"] for attempt, record in history.records if attempt == struck) % cadence
+
+
 def samples_wrong(history: History, dataset: str, num_steps: int) -> int:
     """Samples of steps that trained on other ones than the order says, or on none: lost or repeated, or both."""
     expected, found, opened = 0, history.by_step, open_dataset(dataset)

@@ -150,13 +150,15 @@ class Stage:
     def _measure(
         self, row: Row, scene: Scene, history: measure.History, undisturbed: measure.History | None
     ) -> dict[str, Any]:
-        faults = scene.faults
+        faults, lost = scene.faults, measure.steps_lost(history)
+        beside = measure.steps_beside_save(history, faults[0], self.job.cadence) if row.in_save else 0
         return {
             "detected_s": measure.detected_s(history, faults),
             "again_s": measure.again_s(history, faults[-1:] if row.timed_from_last else faults),
             "paused_s": measure.paused_s(history, faults),
             "saved_s": measure.saved_s(history, faults) if row.notice else None,
-            "steps_lost": measure.steps_lost(history),
+            "steps_lost": lost,
+            "steps_lost_but_beside_save": lost - beside,
             "samples_wrong": measure.samples_wrong(history, self.job.dataset, self.job.num_steps),
             "same_weights": None if undisturbed is None else self._has_undisturbed_weights(scene.run),
             "loss_difference": None if undisturbed is None else measure.loss_difference(history, undisturbed),

@@ -25,7 +25,7 @@ from cluster import (
 )
 from cluster.log_setup import set_up_logging, without_secrets
 from cluster.options import CommandError, UsageError
-from pipeline.errors import ManifestError, ShardError, SourceError, StoreError
+from pipeline.errors import ManifestError, ShardError, SourceError, StoreError, StoreSilentError
 from trainer.errors import CheckpointError, RunError, TrainingError
 
 logger = logging.getLogger("cluster.cli")  # run as a program, this module has another name
@@ -97,11 +97,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _passes(error: Exception) -> bool:
     """Whether the same command may do it a little later."""
-    if type(error) is StoreError:  # its subclasses are answers
-        return not isinstance(error.__cause__, ImportError)
     from cluster.lease import LeaseError  # brings the store's packages, which `--help` needs none of
 
-    return isinstance(error, (LeaseError, run_commands.LostRayError))
+    return isinstance(error, (StoreSilentError, LeaseError, run_commands.LostRayError))
 
 
 def _print_help() -> None:

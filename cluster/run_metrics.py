@@ -23,6 +23,7 @@ class RunMetrics:
 
     def __init__(self, run: str) -> None:
         self._gauges = {name: Gauge(f"tarmac_{name}", text, _TAGS) for name, text in _GAUGES.items()}
+        self._values: dict[str, float] = {}
         self._counters = {name: Counter(f"tarmac_{name}", text, _TAGS) for name, text in _COUNTERS.items()}
         for metric in (*self._gauges.values(), *self._counters.values()):
             metric.set_default_tags({"run": run})
@@ -37,6 +38,8 @@ class RunMetrics:
             self._take_records(news.records)
         for event in news.events:  # after the records: workers that were lost train no more, whatever came in of theirs
             self._take_event(event)
+        for name, value in self._values.items():
+            self._gauges[name].set(value)  # Ray exports a gauge that is not set again only once
 
     def _take_records(self, records: list[dict[str, Any]]) -> None:
         last = records[-1]
@@ -71,7 +74,7 @@ class RunMetrics:
 
     def _set(self, name: str, value: float) -> None:
         if math.isfinite(value):
-            self._gauges[name].set(float(value))
+            self._values[name] = float(value)
 
     def _add(self, name: str, amount: float) -> None:
         if amount > 0:  # Ray refuses 0

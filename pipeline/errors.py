@@ -13,6 +13,10 @@ class StoreRefusedError(StoreError):
     """Object storage knows us and says no, does not know us, or will not give out an archived object."""
 
 
+class StoreSilentError(StoreError):
+    """Object storage gave no answer, or none but "later", until the deadline was over."""
+
+
 class StoreChangedError(StoreError):
     """An object is not the one that was read before."""
 

@@ -20,7 +20,7 @@ from botocore.parsers import ResponseParserError
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_random_exponential
 
 from pipeline.config import StoreConfig
-from pipeline.errors import StoreError, StoreNotFoundError, StoreRefusedError
+from pipeline.errors import StoreError, StoreNotFoundError, StoreRefusedError, StoreSilentError
 from pipeline.store_backend import TEMPORARY_PREFIX, Pin, Sink, is_temporary
 
 SETTLE_S = 1.0
@@ -192,7 +192,11 @@ class RemoteBackend:
             return StoreRefusedError, reason, ARCHIVED_REMEDY if archived else REFUSED_REMEDY
         if is_transient(error):
             reason = f"gave up after {self.config.num_attempts} tries or {self.config.deadline_s:g} s ({detail})"
-            return StoreError, reason, "check the network, the server and AWS_ENDPOINT_URL, or raise store.deadline_s"
+            return (
+                StoreSilentError,
+                reason,
+                "check the network, the server and AWS_ENDPOINT_URL, or raise store.deadline_s",
+            )
         if code in ("NotImplemented", "XAmzContentSHA256Mismatch"):
             return StoreError, detail, "try AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
         return StoreError, f"{detail} ({code or type(error).__name__})", "check the URL and AWS_ENDPOINT_URL"

@@ -10,7 +10,7 @@ MARKS := not gpu
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast lint types imports check bench bench-pipeline bench-step verify-resume vit-h chaos clean
+.PHONY: help setup demo test test-fast lint types imports check bench bench-pipeline bench-step verify-resume vit-h chaos submit-pinned clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -87,6 +87,9 @@ vit-h: setup ## ViT-H/14 on this machine: six steps, a checkpoint to S3, a kill,
 
 chaos: setup ## every fault done to a run on a real cluster, and a bad night beside Ray's own pattern; an hour and more
 	@$(BIN)/python -m tests.chaos.chaos
+
+submit-pinned: setup ## a cluster with Ray alone installs the pinned environment for a job; minutes, and 10 GB of disk
+	@$(BIN)/python -m tests.chaos.submit_pinned
 
 clean: ## remove everything that was made here, except .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -39,10 +39,12 @@ signal.pause()
 
 
 class RayHead:
-    """A head with token authentication. A context manager; leaving it kills what was started."""
+    """A head with token authentication, by a Python with Ray. A context manager; leaving it kills what was started."""
 
-    def __init__(self, num_cpus: int = 2, environment: dict[str, str] | None = None) -> None:
-        self.num_cpus, self.environment = num_cpus, environment or {}
+    def __init__(
+        self, num_cpus: int = 2, environment: dict[str, str] | None = None, python: Path = Path(sys.executable)
+    ) -> None:
+        self.num_cpus, self.environment, self.python = num_cpus, environment or {}, python
         self.token = token_hex(16)
         self.folder = Path(tempfile.mkdtemp(prefix="trm-", dir="/tmp"))  # short: sockets are below it
         self.log, self.ready = self.folder.with_suffix(".log"), self.folder / "ready"
@@ -64,7 +66,7 @@ class RayHead:
         raise AssertionError(self.log.read_text())
 
     def _begin(self) -> None:
-        programs = str(Path(sys.executable).parent)
+        programs = str(self.python.parent)
         environment = os.environ | self.environment | self.client_environment()
         environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         # A job's driver finds its cluster by a file there; the one in /tmp/ray is of whoever started Ray last.
@@ -77,7 +79,7 @@ class RayHead:
             **{"dashboard_agent_listen_port": _free_port(0)},
         }
         self.ready.unlink(missing_ok=True)
-        command = [sys.executable, "-c", _SERVE, json.dumps(node), str(self.ready)]
+        command = [str(self.python), "-c", _SERVE, json.dumps(node), str(self.ready)]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout, suppress
 
 from cluster.config import JobConfig
 from cluster.driver import Driver, RunFailedError
-from cluster.lease import Lease, LeaseError, acquire, read_lease
+from cluster.lease import Lease, LeaseError, LeaseRecord, acquire, read_lease
 from cluster.ray_access import open_ray
 from cluster.relay import News
 from cluster.stops import Stops
@@ -61,17 +61,19 @@ def launch(job: JobConfig, *, on_news: Callable[[News], None]) -> StopReason:
         try:
             return Driver(job, run, lease, stops, local=local, on_news=on_news).drive()
         except RunFailedError as error:
-            if _is_taken_over(run, lease):  # whatever failed here, the run goes on
-                raise LeaseError(str(error)) from error
+            holder = _other_holder(run, lease)
+            if holder is not None:  # whatever failed here, the run goes on
+                raise LeaseError(f"{run} was taken over by {holder}; this driver stops") from error
             raise
 
 
-def _is_taken_over(run: Store, lease: Lease) -> bool:
-    """Whether another driver has the run, as far as the store tells."""
+def _other_holder(run: Store, lease: Lease) -> LeaseRecord | None:
+    """The driver that has the run now, if it is another one, as far as the store tells."""
     with suppress(StoreError, RunError):
         newest = read_lease(run)
-        return newest is not None and newest.driver != lease.record.driver
-    return False
+        if newest is not None and newest.driver != lease.record.driver:
+            return newest
+    return None
 
 
 class _RayOutput(io.TextIOBase):

@@ -55,7 +55,7 @@ class Row:
     """It trains the demo's recipe, not a smaller one; no undisturbed run is there to compare losses and weights to."""
     max_cadences_lost: int = 1
     in_save: bool = False
-    """It dies while a save is under way, beside which it trains on: those steps are beyond the cadence."""
+    """It ends in a save, beside which it trains on: those steps are beyond the cadence."""
     check: Callable[[Scene, History], None] = lambda scene, history: None
     """Called when the run has ended; StepError if something else is not as it should be."""
     cloud: Cloud | None = None
@@ -296,6 +296,7 @@ ROWS = (
         "driver-frozen",
         "a driver sleeps past its lease, and wakes",
         frozen_driver,
+        in_save=True,  # the first one that its workers would begin, and may not
         check=other_refused,
         exempt=NEW_DRIVER,
     ),

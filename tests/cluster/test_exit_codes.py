@@ -90,7 +90,7 @@ def test_a_run_that_was_taken_over_has_not_failed(command, capsys, monkeypatch):
     monkeypatch.setattr(launch, "open_ray", lambda **size: contextlib.nullcontext(True))
     monkeypatch.setattr(launch, "Driver", Loser)
     try:
-        fails(capsys, command, 75, "taken over")
+        fails(capsys, command, 75, "was taken over by process")
         assert read_state(Store(command[-1])).state != "failed"
     finally:
         taken[0].__exit__(None, None, None)

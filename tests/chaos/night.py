@@ -35,6 +35,8 @@ CALM = Row("calm", "what a step takes", lambda scene: None)
 WHOLE = ("--parallel.shard-size", "1")
 # Nothing may run beside the steps that the night's are measured by: what waits for the next attempt is its price.
 ALONE = ("--no-standby",)
+# As often as by default, and written while somebody waits for it. Ray's pattern writes to a local file.
+RECORDED, WRITTEN_S = ("--log.flush-s", "5"), 15.0
 Steps = list[tuple[int, float]]
 """Number and end of every step."""
 
@@ -76,7 +78,7 @@ def bad_night(stage: Stage, minutes: float) -> list[dict[str, Any]]:
 def ours(stage: Stage, row: dict[str, Any], kind: Row) -> Iterator[Contender]:
     """`tarmac pretrain`; stopped in the morning, it has to end in order and to have every sample once."""
     more = (*WHOLE, *ALONE) if kind is CALM else WHOLE
-    night = replace(stage, job=replace(stage.job, num_steps=NUM_STEPS, more=more))
+    night = replace(stage, job=replace(stage.job, num_steps=NUM_STEPS, recorded=RECORDED, more=more))
     with contextlib.closing(night), night.scene(kind) as scene:
 
         def steps() -> Steps:
@@ -138,7 +140,7 @@ def pattern_steps(out: Path) -> Steps:
 
 def calm_step_s(calm: Contender) -> float:
     """What a step takes, in seconds, when nothing happens: the median of a minute."""
-    sleep_until(calm.steps()[0][1] + CALM_S, calm)
+    sleep_until(calm.steps()[0][1] + CALM_S + WRITTEN_S, calm)
     return measure.median_step_s(calm.steps())
 
 
@@ -171,7 +173,7 @@ def endure(stage: Stage, night: Contender, minutes: float, step_s: float) -> dic
         night.cluster.lose(node)
         night.cluster.add_nodes(1)
         due += EVERY_S
-    sleep_until(end, night)
+    sleep_until(end + WRITTEN_S, night)
     steps = [(step, time) for step, time in night.steps() if time <= end]
     distinct, night_step_s = len({step for step, _ in steps}), measure.median_step_s(steps)
     goodputs = {

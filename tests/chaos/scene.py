@@ -35,6 +35,7 @@ SMALL = (
 )
 """What makes the demo's recipe smaller."""
 RECORDED = ("--log.every-steps", "1", "--log.flush-s", "0.3")
+"""So that a step is seen when it is over. It costs questions between ranks and writes to the store at each."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Job:
     """Steps between checkpoints."""
     model: tuple[str, ...] = SMALL
     """Model and batch, as options of the demo's recipe; none for the demo's own."""
+    recorded: tuple[str, ...] = RECORDED
+    """How often its numbers are read and written, as options."""
     more: tuple[str, ...] = ()
     """Further options of the recipe."""
 
@@ -54,7 +57,7 @@ class Job:
         """The command line after `tarmac`."""
         steps = ("--optim.num-steps", str(self.num_steps), "--checkpoint.every-steps", str(self.cadence))
         where = ("--data", self.dataset, "--run", run, "--num-workers", num_workers)
-        return ["pretrain", "demo", *self.model, *RECORDED, *steps, *self.more, *where]
+        return ["pretrain", "demo", *self.model, *self.recorded, *steps, *self.more, *where]
 
 
 class Driver:

@@ -35,6 +35,11 @@ def end(run, outcome):
     write_lease(run, age_s=1, released=True)
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # whatever the length of the test's folder
+
+
 @pytest.fixture
 def run(tmp_path):
     return Store(str(tmp_path / "runs" / "b"))

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from benchmarks import scaling
 from pipeline.config import AugmentConfig, DataConfig
+from trainer import sharding
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig
 
 # Each of two blocks of width 8 has 8 * 24 + 24 + 8 * 8 + 8 + 8 * 32 + 32 + 32 * 8 + 8 + 4 * 8 = 872 parameters.
@@ -29,6 +30,11 @@ def small(**fields: Any) -> TrainConfig:
         model=ModelConfig(embed_dim=8, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2),
         parallel=ParallelConfig(**fields),
     )
+
+
+@pytest.fixture(autouse=True)
+def _every_block_is_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "MIN_GROUP", 1)
 
 
 @pytest.mark.parametrize(("precision", "wide"), [("fp32", 4), ("bf16", 2)])

@@ -18,6 +18,10 @@ from trainer.vit import Block, CrossBlock
 
 Model = TypeVar("Model", bound=nn.Module)
 
+MIN_GROUP = 2**20
+"""Parameters of a block that is worth a group of its own: each group costs the host a millisecond or two a step, and
+the network its latency, which smaller ones do not make up for."""
+
 # What is dear to compute again: kept where activation checkpointing is selective.
 _KEPT_OPS = {
     torch.ops.aten.mm.default,
@@ -59,8 +63,9 @@ def empty_sharded(
 def shard_model(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> None:
     """Shard `model` over `mesh` in place with FSDP2: every block on its own, the rest with the root; alone, not at all.
 
-    Weights and gradients are kept and reduced in fp32; `bf16` is the precision of forward and backward. A mesh of two
-    dimensions shards over the second and keeps copies over the first (HSDP).
+    Blocks of fewer parameters than `MIN_GROUP` are left with the root. Weights and gradients are kept and reduced in
+    fp32; `bf16` is the precision of forward and backward. A mesh of two dimensions shards over the second and keeps
+    copies over the first (HSDP).
 
     Args:
         model: of transformer blocks and what is around them; the same weights on every rank, or none yet ("meta").
@@ -75,7 +80,7 @@ def shard_model(model: nn.Module, config: ParallelConfig, mesh: DeviceMesh) -> N
     for block in blocks:
         # The innermost first: what is compiled includes what is computed again, and neither FSDP's hooks.
         block.forward = _compiled(_recomputed(block.forward, config), config)
-        if not alone:
+        if not alone and sum(parameter.numel() for parameter in block.parameters()) >= MIN_GROUP:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     if alone:
         if isinstance(model, MAE):

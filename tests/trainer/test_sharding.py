@@ -15,7 +15,7 @@ from tiny_runs import CPU, memory_loader, run_ranks, tiny_config
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from trainer import parallel
+from trainer import parallel, sharding
 from trainer.config import ParallelConfig, TrainConfig, check_world
 from trainer.mae import build_mae
 from trainer.sharding import build_sharded, shard_model
@@ -79,6 +79,24 @@ print(grown / whole)
     assert float(ran.stdout) < 0.35, ran.stdout  # an eighth, a tensor, and what the allocator rounds up to
 
 
+def test_only_large_blocks_are_groups_of_their_own() -> None:
+    program = """
+import torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from trainer.config import ModelConfig, TrainConfig
+from trainer.sharding import build_sharded
+dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+wide = ModelConfig(embed_dim=384, depth=2, num_heads=6, decoder_embed_dim=192, decoder_depth=1, decoder_num_heads=3)
+mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+model = build_sharded(TrainConfig(model=wide), torch.device("cpu"), mesh)
+print([name for name, module in model.named_modules() if isinstance(module, FSDPModule)])
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert ran.stdout.splitlines()[-1] == "['', 'blocks.0', 'blocks.1']"
+
+
 @pytest.mark.slow
 def test_each_rank_has_its_share_of_weights_gradients_and_moments() -> None:
     alone = run_ranks(_bytes_held, 1)[0]
@@ -112,8 +130,11 @@ def _num_bytes(tensors: list[torch.Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def train_steps(fields: dict[str, Any], num_steps: int) -> list[tuple[float, float, str]]:
+def train_steps(
+    fields: dict[str, Any], num_steps: int, min_group: int = sharding.MIN_GROUP
+) -> list[tuple[float, float, str]]:
     """Loss, gradient norm and digest of the sample ids of each step."""
+    sharding.MIN_GROUP = min_group  # in a process of its own
     config = sharded(tiny_config(num_steps=num_steps), **fields)
     with parallel.process_mesh(CPU, config.parallel.shard_size) as mesh:
         trainee, numbers, batches = build(config, CPU, mesh), StepNumbers(config, 40, CPU), memory_loader(config)
@@ -125,20 +146,24 @@ def train_steps(fields: dict[str, Any], num_steps: int) -> list[tuple[float, flo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world_size", "fields"),
+    ("world_size", "fields", "min_group"),
     [
-        (2, {}),
-        (3, {}),
-        (4, {}),
-        (4, {"shard_size": 2}),
-        (2, {"shard_size": 1}),
-        (2, {"activation_checkpointing": "full"}),
-        (1, {"activation_checkpointing": "selective"}),
+        (2, {}, 1),
+        (3, {}, 1),
+        (4, {}, 1),
+        (4, {}, sharding.MIN_GROUP),
+        (4, {"shard_size": 2}, 1),
+        (2, {"shard_size": 1}, 1),
+        (2, {"shard_size": 1}, sharding.MIN_GROUP),
+        (2, {"activation_checkpointing": "full"}, 1),
+        (1, {"activation_checkpointing": "selective"}, 1),
     ],
 )
-def test_fifty_steps_are_the_same_however_the_model_is_spread(world_size: int, fields: dict[str, Any]) -> None:
+def test_fifty_steps_are_the_same_however_the_model_is_spread(
+    world_size: int, fields: dict[str, Any], min_group: int
+) -> None:
     expected = run_ranks(train_steps, 1, {}, 50)[0]
-    for found in run_ranks(train_steps, world_size, fields, 50):
+    for found in run_ranks(train_steps, world_size, fields, 50, min_group):
         for (loss, norm, digest), (other_loss, other_norm, other_digest) in zip(found, expected, strict=True):
             assert loss == pytest.approx(other_loss, rel=1e-4)
             assert norm == pytest.approx(other_norm, rel=2e-3)

@@ -54,11 +54,6 @@ def clear_stop(run: Store) -> None:
         run.write(STOP, json.dumps(request | {"honoured": time.time()}).encode())
 
 
-def forget_stop(run: Store) -> None:
-    """The run may go on."""
-    run.remove(STOP)
-
-
 def forget_honoured_stop(run: Store) -> None:
     """For a driver that begins: whoever began it wants the run to go on. A request that nobody has honoured stays."""
     if stop_state(run) == "honoured":

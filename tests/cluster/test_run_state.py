@@ -6,7 +6,7 @@ import pytest
 from run_folders import NOW, begin, record, write_lease, write_lines
 
 from cluster.run_state import read_state, read_states
-from cluster.stop_request import ask_to_stop, clear_stop, forget_stop, stop_asked, stop_wanted
+from cluster.stop_request import ask_to_stop, clear_stop, stop_asked, stop_taken_back, stop_wanted
 from pipeline.store import Store
 from trainer.errors import RunError
 
@@ -127,6 +127,7 @@ def test_a_stop_request_is_honoured_once_and_remembered_until_it_is_taken_back(s
     assert stop_wanted(run)
     ask_to_stop(run)
     assert stop_asked(run)
-    forget_stop(run)
+    with stop_taken_back(run):
+        pass
     assert not stop_asked(run)
     assert not stop_wanted(run)

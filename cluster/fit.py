@@ -5,36 +5,35 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
-import time
 from typing import Any
 
 import ray
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.callback import ControllerCallback, RayTrainCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.callback import RayTrainCallback
 from ray.train.v2.api.config import LoggingConfig
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
 from cluster.host_memory import keep_freed
 from cluster.lease import LeaseRecord
-from cluster.log_setup import redact_logs, without_secrets
+from cluster.log_setup import without_secrets
 from cluster.process_group import torch_config
-from cluster.relay import Worker, this_environment, this_worker
+from cluster.relay import Worker
 from cluster.standby import Standby, imports_first
+from cluster.turns import Turn
 from cluster.worker import train_worker
 from trainer.config import to_dict
 from trainer.loop import StopReason
 
 logger = logging.getLogger(__name__)
 
-_TURN_POLL_S = 0.1
 _CLOSE_S = 60.0
-_ANSWER_S = 60.0
+_ANSWER_S = 10.0
 
 
 class Fit(threading.Thread):
@@ -54,6 +53,7 @@ class Fit(threading.Thread):
         super().__init__(daemon=True, name="ray-train-fit")
         self._scratch = tempfile.TemporaryDirectory(prefix="tarmac-ray-train-", ignore_cleanup_errors=True)
         self._trainer = ray_trainer(job, num_workers, payload, local, self._scratch.name)
+        self._relay, self._attempt = payload["relay"], payload["attempt"]
         self.num_workers = num_workers
         self.reason: StopReason | None = None
         """How it ended; None if it was lost."""
@@ -74,6 +74,15 @@ class Fit(threading.Thread):
             self.found_no_place = isinstance(failure, WorkerGroupStartupTimeoutError)
         finally:
             self._scratch.cleanup()
+            self._give_place_back()
+
+    def _give_place_back(self) -> None:
+        try:
+            place = ray.get(self._relay.place.remote(self._attempt, self.num_workers), timeout=_ANSWER_S)
+            if place is not None:
+                remove_placement_group(place)
+        except Exception as error:  # Ray is gone, and with it the place
+            logger.info("the workers' place was not given back: %s", error)
 
 
 def why(error: BaseException) -> str:
@@ -104,52 +113,21 @@ def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local
             worker_runtime_env={"env_vars": imports_first(gpu=gpu) | ({} if gpu else keep_freed())},
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[_Place(payload["relay"], payload["attempt"], num_workers)],
+            callbacks=[Turn(payload["relay"], payload["attempt"], num_workers)],
         ),
     )
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Without Ray Data, for which each attempt would start a process of its own: batches come from our loader."""
+    """Without what each attempt would start a process of its own for, and which has nothing to do here.
 
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
-
-
-class _Place(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """In Ray Train's controller: takes the workers' place when the driver has begun their attempt, and gives it back.
-
-    It tells who the workers are before they do anything that could hang. Ray Train gives the place back too, but not
-    where the last calls to workers fail by other than the death of an actor: when Ray's memory monitor has killed one,
-    say. The next attempt would then wait for ever.
+    That is Ray Data: batches come from our loader. And it is Ray Train's cleaner, which asks the dashboard once a
+    second whether the controller lives, to give the workers' place back: the driver does, with or without a dashboard.
     """
 
-    def __init__(self, relay: Any, attempt: int, num_workers: int) -> None:
-        self._relay, self._attempt, self._num_workers = relay, attempt, num_workers
-        self._taken: PlacementGroup | None = None
-
-    def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> None:
-        redact_logs()  # the controller is a process of Ray's, and logs what it hears of the workers' errors
-        while True:
-            attempt, wanted = ray.get(self._relay.begun.remote(self._attempt, self._num_workers))
-            if attempt == self._attempt and wanted == self._num_workers:
-                return
-            if attempt >= self._attempt:
-                raise RuntimeError("it is not needed")
-            time.sleep(_TURN_POLL_S)
-
-    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        calls = [worker.execute_async(this_worker) for worker in workers]
-        *found, environment = ray.get([*calls, workers[0].execute_async(this_environment)], timeout=_ANSWER_S)
-        ray.get(self._relay.note_workers.remote(self._attempt, found, environment))
-        return {}
-
-    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
-        self._taken = worker_group.get_worker_group_state().placement_group_handle.placement_group
-
-    async def before_controller_shutdown(self) -> None:
-        if self._taken is not None:
-            remove_placement_group(self._taken)
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, needless)]
 
 
 class Fits:

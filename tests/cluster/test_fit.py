@@ -1,5 +1,8 @@
 """What Ray Train and torch are told for workers with and without a GPU; it is built here, and run elsewhere."""
 
+import subprocess
+import sys
+
 import pytest
 from ray.train import WorkerGroupError
 from torch.distributed import BackendConfig
@@ -37,6 +40,13 @@ def test_a_worker_that_fails_ends_the_attempt(tmp_path, local):
     failures = trainer_of(tmp_path, local=local).run_config.failure_config
     # Restarts are the driver's: it knows the run's checkpoints.
     assert (failures.max_failures, failures.max_preemption_failures, failures.controller_failure_limit) == (0, 0, 0)
+
+
+def test_what_a_controller_imports_of_ours_is_little():
+    """It unpickles the callback; each attempt, and each that waits, has a controller of its own."""
+    program = "import sys, cluster.turns; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"trainer.loop", "pipeline.loader", "nvidia.dali", "s3fs"}.isdisjoint(done.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """The driver's and workers' shared memory: news taken once, errors of an attempt that stay, wishes."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+
+import pytest
 
 from cluster.relay import Relay, Worker
 from trainer.wishes import Wish
@@ -80,8 +84,33 @@ def test_notices_come_whichever_attempt_runs():
 
 def test_a_controller_that_waits_for_its_turn_is_known():
     relay = relay_of(1)
-    assert relay.begun(1, 2) == (1, 2)
+    assert relay.begun(1, 2, 60) == (1, 2)
     assert not relay.is_ready(2, 2)
-    assert relay.begun(2, 2) == (1, 2)
+    assert relay.begun(2, 2, 0) == (1, 2)
     assert relay.is_ready(2, 2)
     assert not relay.is_ready(2, 1)
+
+
+@pytest.mark.parametrize("begun", [2, 3])
+def test_a_controller_is_told_at_once_when_its_turn_has_come_or_gone_by(begun):
+    relay = relay_of(1)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(relay.begun, 2, 2, 60)
+        while not relay.is_ready(2, 2):
+            time.sleep(0.01)
+        assert not answer.done()
+        relay.begin(begun, 2)
+        assert answer.result(10) == (begun, 2)
+
+
+def test_a_place_is_of_the_attempt_and_size_that_runs():
+    relay = relay_of(1)
+    relay.note_place(2, "another's")
+    assert relay.place(1, 2) is None
+    relay.note_place(1, "ours")
+    assert relay.place(1, 2) == "ours"
+    assert relay.place(1, 3) is None  # a controller that waited for another size must not give it back
+    assert relay.place(2, 2) is None
+    relay.begin(2, 2)
+    assert relay.place(1, 2) is None
+    assert relay.place(2, 2) is None

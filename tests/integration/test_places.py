@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
 from cluster.config import JobConfig
-from cluster.fit import Fit, ray_trainer
+from cluster.fit import Fit
 from cluster.node_agent import NodeAgents
 from cluster.nodes import Nodes
 from cluster.relay import start_relay
@@ -62,15 +62,13 @@ def job(tmp_path: Path) -> JobConfig:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's own, which Ray Train imports
-def test_the_workers_place_is_free_after_an_attempt_whose_end_fails(
-    one_cpu: None, job: JobConfig, tmp_path: Path
-) -> None:
+def test_the_workers_place_is_free_after_an_attempt_whose_end_fails(one_cpu: None, job: JobConfig) -> None:
     relay = start_relay("test-fit")
     ray.get(relay.begin.remote(1, 1))
-    trainer = ray_trainer(job, 1, {"relay": relay, "attempt": 1, "lease": 1}, True, str(tmp_path / "scratch"))
-    trainer.backend_config = last_call_fails()
-    with pytest.raises(Exception, match="no-dataset"):
-        trainer.fit()
+    fit = Fit(job, 1, {"relay": relay, "attempt": 1, "lease": 1}, local=True)
+    fit._trainer.backend_config = last_call_fails()
+    fit.run()
+    assert "no-dataset" in fit.error
     wait_for_free_cpu()
 
 

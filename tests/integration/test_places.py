@@ -68,7 +68,9 @@ def test_the_workers_place_is_free_after_an_attempt_whose_end_fails(one_cpu: Non
     fit = Fit(job, 1, {"relay": relay, "attempt": 1, "lease": 1}, local=True)
     fit._trainer.backend_config = last_call_fails()
     fit.run()
-    assert "no-dataset" in fit.error
+    assert fit.error.startswith("WorkerGroupError")
+    news = ray.get(relay.take.remote())
+    assert "no-dataset" in f"{news.error} {news.fatal}"
     wait_for_free_cpu()
 
 

@@ -19,12 +19,12 @@ from ray.util.placement_group import remove_placement_group
 
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
-from cluster.host_memory import keep_freed
+from cluster.environments import of_workers
 from cluster.lease import LeaseRecord
 from cluster.log_setup import without_secrets
 from cluster.process_group import torch_config
 from cluster.relay import Worker
-from cluster.standby import Standby, imports_first
+from cluster.standby import Standby
 from cluster.turns import Turn
 from cluster.worker import train_worker
 from trainer.config import to_dict
@@ -52,7 +52,8 @@ class Fit(threading.Thread):
     def __init__(self, job: JobConfig, num_workers: int, payload: dict[str, Any], *, local: bool) -> None:
         super().__init__(daemon=True, name="ray-train-fit")
         self._scratch = tempfile.TemporaryDirectory(prefix="tarmac-ray-train-", ignore_cleanup_errors=True)
-        self._trainer = ray_trainer(job, num_workers, payload, local, self._scratch.name)
+        environment = of_workers(ray.get_runtime_context().runtime_env, gpu=job.gpus_per_worker > 0)
+        self._trainer = ray_trainer(job, num_workers, payload, environment, local, self._scratch.name)
         self._relay, self._attempt = payload["relay"], payload["attempt"]
         self.num_workers = num_workers
         self.reason: StopReason | None = None
@@ -92,13 +93,16 @@ def why(error: BaseException) -> str:
     return without_secrets(f"{type(error).__name__}: {next(lines, 'no reason given')}")
 
 
-def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local: bool, scratch: str) -> TorchTrainer:
+def ray_trainer(
+    job: JobConfig, num_workers: int, payload: dict[str, Any], environment: dict[str, Any], local: bool, scratch: str
+) -> TorchTrainer:
     """What Ray Train is told: `train_worker` on so many workers, ended by their first failure.
 
     Args:
         job: what to train.
         num_workers: of them.
         payload: for `train_worker`, beside the job.
+        environment: the workers' runtime environment.
         local: all workers are on this machine.
         scratch: a folder for what Ray Train writes.
     """
@@ -110,7 +114,7 @@ def ray_trainer(job: JobConfig, num_workers: int, payload: dict[str, Any], local
         scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpu, resources_per_worker=worker_resources(job)),
         run_config=RunConfig(
             storage_path=scratch,
-            worker_runtime_env={"env_vars": imports_first(gpu=gpu) | ({} if gpu else keep_freed())},
+            worker_runtime_env=environment,
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[Turn(payload["relay"], payload["attempt"], num_workers)],

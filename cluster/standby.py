@@ -42,14 +42,19 @@ def imports_first(*, gpu: bool) -> dict[str, str]:
     return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{hook.__name__}"}
 
 
+def imports(*, gpu: bool) -> tuple[str, ...]:
+    """All that a worker needs; with a GPU what does not touch CUDA: which one it has it learns with its work."""
+    return _ANY_DEVICE if gpu else _ANY_DEVICE + _CPU
+
+
 def import_for_cpu() -> None:
-    """All that a worker without a GPU needs."""
-    _import(_ANY_DEVICE + _CPU)
+    """What a worker without a GPU needs."""
+    _import(imports(gpu=False))
 
 
 def import_for_gpu() -> None:
-    """What does not touch CUDA: which GPU the process has is known only when it is given its work."""
-    _import(_ANY_DEVICE)
+    """What a worker with a GPU needs."""
+    _import(imports(gpu=True))
 
 
 def _import(modules: Iterable[str]) -> None:

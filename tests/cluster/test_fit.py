@@ -16,7 +16,7 @@ from trainer.config import TrainConfig
 def trainer_of(tmp_path, *, local, **fields):
     train = TrainConfig(data=DataConfig(global_batch_size=64, num_lanes=16))
     job = JobConfig(train=train, data="d", run="r", **fields)
-    return ray_trainer(job, 2, {"relay": None, "attempt": 1, "lease": 1}, local, str(tmp_path))
+    return ray_trainer(job, 2, {"relay": None, "attempt": 1, "lease": 1}, {}, local, str(tmp_path))
 
 
 @pytest.mark.parametrize("local", [True, False])

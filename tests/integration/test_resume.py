@@ -274,6 +274,30 @@ def test_a_controller_that_is_killed_leaves_its_workers_place_to_the_next(cluste
     assert (start["attempt"], start["world_size"]) == (2, 2)
 
 
+def test_a_worker_is_forked_from_what_its_nodes_first_worker_left(cluster, dataset, tmp_path):
+    driver = Driver(cluster, dataset, str(tmp_path / "run"), options=["--optim.num-steps", "1000000", "--no-standby"])
+    driver.wait_for_step(10)
+    before = worker_servers(driver.run)
+    kill_worker(driver.run, rank=1)
+    driver.wait_for_step(last_record(driver.run)["step"] + 20)
+    assert last_start(driver.run)["attempt"] == 2
+    assert worker_servers(driver.run) == before
+    assert len(before) == 2
+    driver.process.terminate()
+    code, text = driver.finish()
+    assert code == 75, text
+
+
+def worker_servers(run):
+    parents = {psutil.Process(pid).parent() for pid in last_start(run)["pids"]}
+    assert all("cluster.fork_server" in parent.cmdline() for parent in parents)
+    return {parent.pid for parent in parents}
+
+
+def last_record(run):
+    return read_metrics(run)[-1]
+
+
 def test_without_standby_nothing_waits(cluster, dataset, tmp_path):
     options = ["--optim.num-steps", "1000000", "--no-standby"]
     driver = Driver(cluster, dataset, str(tmp_path / "run"), options=options)

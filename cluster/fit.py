@@ -8,18 +8,21 @@ import threading
 from typing import Any
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE, get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import RayTrainCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.config import LoggingConfig
 from ray.util.placement_group import remove_placement_group
 
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
-from cluster.environments import of_workers
+from cluster.environments import of_controllers, of_workers
 from cluster.lease import LeaseRecord
 from cluster.log_setup import without_secrets
 from cluster.process_group import torch_config
@@ -34,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _CLOSE_S = 60.0
 _ANSWER_S = 10.0
+_VARIABLES = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
+"""Of a controller, unless they are set."""
 
 
 class Fit(threading.Thread):
@@ -123,7 +128,7 @@ def ray_trainer(
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Without what each attempt would start a process of its own for, and which has nothing to do here.
+    """With a controller that is forked, and without what each attempt would start a process for, to no use here.
 
     That is Ray Data: batches come from our loader. And it is Ray Train's cleaner, which asks the dashboard once a
     second whether the controller lives, to give the workers' place back: the driver does, with or without a dashboard.
@@ -132,6 +137,17 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         needless = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [one for one in super()._create_default_callbacks() if not isinstance(one, needless)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        """As in Ray Train, which has no setting for the controller's environment."""
+        context = ray.get_runtime_context()
+        environment = of_controllers(context.runtime_env, _VARIABLES | get_env_vars_to_propagate())
+        actor: Any = ray.remote(TrainController).options(
+            num_cpus=0, label_selector={"ray.io/node-id": context.get_node_id()}, runtime_env=environment
+        )
+        controller = actor.remote(**arguments)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
 
 class Fits:

@@ -42,22 +42,24 @@ _SURVIVE_FORKS = {"jemalloc_bg_thd"}
 _DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 
 
-def command(modules: Sequence[str]) -> str:
+def command(modules: Sequence[str], *, owner: int = 0) -> str:
     """For `py_executable`.
 
     Args:
         modules: what a server imports.
+        owner: a process of the only node that has such servers, which end with it. Without one (0) a server ends when
+            for a minute it has had no process that lives.
     """
     python = f"$(command -v {sys.executable} || command -v python3)"  # Ray gives it to bash, maybe on another image
-    return f"{python} -m {__name__} {','.join(modules)}"
+    return f"{python} -m {__name__} {','.join(modules)} {owner}"
 
 
 def main() -> None:
     """Be a process of Ray's: as the first one here the server and the parent of it, and else a child of that."""
-    modules, *arguments = sys.argv[1:]
+    modules, owner, *arguments = sys.argv[1:]
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
     try:
-        found = _meet(_address(arguments))
+        found = _meet(_address(arguments), int(owner))
     except (OSError, KeyError, ValueError, AttributeError) as error:  # too long a path; no raylet; not on Linux
         _tell_why(f"{type(error).__name__}: {error}")
         _start_as_ray_would(request)
@@ -76,7 +78,7 @@ def _address(arguments: Sequence[str]) -> Path:
     return Path(given["raylet-name"]).with_name(f"fork_{digest[:8]}")
 
 
-def _meet(address: Path) -> _Server | socket.socket:
+def _meet(address: Path, owner: int) -> _Server | socket.socket:
     """A connection to the server, or the one to be."""
     with open(address.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -86,7 +88,7 @@ def _meet(address: Path) -> _Server | socket.socket:
         except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
             address.unlink(missing_ok=True)
-            return _Server(address)
+            return _Server(address, owner)
         return connection
 
 
@@ -115,16 +117,20 @@ def _start_as_ray_would(request: dict[str, Any]) -> NoReturn:
 class _Server:
     """Listens from its making on, so that others may come while it imports."""
 
-    def __init__(self, address: Path) -> None:
+    def __init__(self, address: Path, owner: int) -> None:
         raylet = int(os.environ["RAY_RAYLET_PID"])
-        self._raylet, self._group = os.pidfd_open(raylet), os.getpgid(raylet)
+        self._group = os.getpgid(raylet)
+        self._ends_with = [os.pidfd_open(one) for one in (raylet, owner) if one]
+        self._keep_ms = None if owner else _KEEP_S * 1000
         self._children: dict[int, int] = {}
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(address))  # which only this user may connect to, by its mode
+        before = os.umask(0o077)  # requests have the environment of a worker, and whoever asks has code run
+        self._listener.bind(str(address))
+        os.umask(before)
         self._listener.listen(_BACKLOG)
 
     def serve(self, modules: Sequence[str], first: dict[str, Any]) -> dict[str, Any] | None:
-        """Fork until the raylet has ended, or nothing was asked for in a while.
+        """Fork until the raylet or the owner has ended, or nothing was asked for in a while.
 
         Returns:
             In each process that was forked, its request. In the server None, if it cannot fork: it listens no more.
@@ -141,7 +147,7 @@ class _Server:
         request = self._fork(first)
         while request is None:
             ready = self._wait()
-            if self._raylet in ready or not ready:
+            if not ready or not ready.isdisjoint(self._ends_with):
                 sys.exit(0)
             if self._listener.fileno() in ready:
                 request = self._answer()
@@ -162,13 +168,13 @@ class _Server:
         finally:
             gc.enable()
 
-    def _wait(self) -> list[int]:
-        """What is ready: listener, raylet; children that ended are seen to. Nothing, if nobody has come in time."""
+    def _wait(self) -> set[int]:
+        """What is ready, or has ended; children that have are seen to. Nothing, if nobody has come in time."""
         poll = select.poll()
-        for one in (self._listener.fileno(), self._raylet, *self._children):
+        for one in (self._listener.fileno(), *self._ends_with, *self._children):
             poll.register(one, select.POLLIN)
-        ready = [one for one, _ in poll.poll(None if self._children else _KEEP_S * 1000)]
-        for one in self._children.keys() & set(ready):
+        ready = {one for one, _ in poll.poll(None if self._children else self._keep_ms)}
+        for one in self._children.keys() & ready:
             os.waitpid(self._children.pop(one), 0)
             os.close(one)
         return ready
@@ -198,7 +204,7 @@ class _Server:
         for target, one in enumerate(streams):
             os.dup2(one, target)
         self._listener.close()
-        for one in (self._raylet, *self._children):
+        for one in (*self._ends_with, *self._children):
             os.close(one)
         return request
 

@@ -48,12 +48,19 @@ class Node:
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(
-        self, name: str, modules: str = "decimal", *, job: str = "01", wait: bool = True, **variables: str
+        self,
+        name: str,
+        modules: str = "decimal",
+        *,
+        job: str = "01",
+        owner: int = 0,
+        wait: bool = True,
+        **variables: str,
     ) -> dict[str, Any]:
         """Start a process as Ray does, and return what it says of itself. With `wait` it lives until the test ends."""
         out = self.folder / name
         arguments = [str(self.script), str(out), f"--raylet-name={self.folder}/raylet", "--runtime-env-hash=7"]
-        line = f"exec {command([modules])} {' '.join(arguments)} {'--wait' if wait else '--end'}"
+        line = f"exec {command([modules], owner=owner)} {' '.join(arguments)} {'--wait' if wait else '--end'}"
         environment = os.environ | {"RAY_RAYLET_PID": str(self.raylet.pid), "RAY_JOB_ID": job} | variables
         where = self.folder / f"{name}.folder"
         where.mkdir()
@@ -130,6 +137,17 @@ def test_forked_processes_do_not_draw_the_same_random_numbers(node: Node) -> Non
         assert len({one[what] for one in found}) == 3, what
 
 
+def test_only_its_user_may_ask_a_server(node: Node) -> None:
+    before = os.umask(0)
+    try:
+        node.start("first")
+    finally:
+        os.umask(before)
+    (address,) = (path for path in node.folder.iterdir() if path.is_socket())
+    assert address.stat().st_mode & 0o077 == 0
+    assert (node.folder / "first").stat().st_mode & 0o077 == 0o066, "its worker has the mask that it was given"
+
+
 def test_the_end_of_a_worker_and_of_its_group_is_not_the_servers(node: Node) -> None:
     """Ray ends a worker's group with it: that of the process that it started, too."""
     first = node.start("first")
@@ -151,13 +169,26 @@ def quick(monkeypatch: pytest.MonkeyPatch, modules: str, **constants: float) -> 
     """Servers of these modules that have other constants."""
     changes = "".join(f"server.{name} = {value}; " for name, value in constants.items())
     program = f"import cluster.fork_server as server; {changes}server.main()"
-    monkeypatch.setattr(f"{__name__}.command", lambda _: f"{sys.executable} -c '{program}' {modules}")
+    monkeypatch.setattr(f"{__name__}.command", lambda _, owner: f"{sys.executable} -c '{program}' {modules} {owner}")
 
 
 def test_a_server_without_children_ends_after_a_while(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch, "decimal", _KEEP_S=0.5)
     node.start("first", wait=False)
     assert node.started[0].wait(30) == 0
+
+
+def test_a_server_with_an_owner_ends_with_it_alone(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its children may live for as long as the cluster: Ray Train's controllers start such an actor."""
+    quick(monkeypatch, "decimal", _KEEP_S=0.2)
+    with subprocess.Popen(["sleep", "600"]) as owner:
+        child = node.start("first", owner=owner.pid)
+        node.start("second", owner=owner.pid, wait=False)
+        time.sleep(1)
+        assert node.start("third", owner=owner.pid, wait=False)["parent"] == node.started[0].pid
+        owner.kill()
+    assert node.started[0].wait(30) == 0
+    assert alive(child["pid"])
 
 
 def test_imports_that_take_long_are_not_waited_for(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,22 +274,23 @@ def test_a_controller_that_is_killed_leaves_its_workers_place_to_the_next(cluste
     assert (start["attempt"], start["world_size"]) == (2, 2)
 
 
-def test_a_worker_is_forked_from_what_its_nodes_first_worker_left(cluster, dataset, tmp_path):
+def test_workers_and_controllers_are_forked_from_what_their_nodes_first_left(cluster, dataset, tmp_path):
     driver = Driver(cluster, dataset, str(tmp_path / "run"), options=["--optim.num-steps", "1000000", "--no-standby"])
     driver.wait_for_step(10)
-    before = worker_servers(driver.run)
+    before = servers(last_start(driver.run)["pids"]), servers(controllers())
     kill_worker(driver.run, rank=1)
     driver.wait_for_step(last_record(driver.run)["step"] + 20)
     assert last_start(driver.run)["attempt"] == 2
-    assert worker_servers(driver.run) == before
-    assert len(before) == 2
+    assert (servers(last_start(driver.run)["pids"]), servers(controllers())) == before
+    assert [len(one) for one in before] == [2, 1]
     driver.process.terminate()
     code, text = driver.finish()
     assert code == 75, text
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in before[1]), 30)  # the driver was its owner
 
 
-def worker_servers(run):
-    parents = {psutil.Process(pid).parent() for pid in last_start(run)["pids"]}
+def servers(processes):
+    parents = {psutil.Process(pid).parent() for pid in processes}
     assert all("cluster.fork_server" in parent.cmdline() for parent in parents)
     return {parent.pid for parent in parents}
 

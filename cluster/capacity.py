@@ -42,12 +42,6 @@ def num_fitting(
     )
 
 
-def num_after_loss(nodes: Iterable[Mapping[str, Any]], need: Mapping[str, float]) -> int:
-    """Workers that fit, were nothing else on the nodes, once the one that holds most of them is gone."""
-    fitting = [num_within(node["Resources"], need) for node in nodes]
-    return sum(fitting) - max(fitting, default=0)
-
-
 def num_within(resources: Mapping[str, float], need: Mapping[str, float]) -> int:
     """Workers that `resources` are enough for."""
     return min(int(resources.get(kind, 0.0) / amount + _ROUNDING) for kind, amount in need.items())

@@ -32,7 +32,7 @@ class JobConfig:
     stall_timeout_s: float = execution(600.0)
     """Workers that complete no step for this long are killed, and the run restarted; starting and loading count."""
     standby: bool = execution(True)
-    """The next attempt's processes wait beside this one's, with their imports behind them and memory for them."""
+    """On spare nodes a process waits that has imported for the workers to come, and takes memory."""
 
     def __post_init__(self) -> None:
         require(bool(self.data), "data must be the URL of a dataset")

@@ -18,13 +18,14 @@ from cluster.capacity import worker_resources
 from cluster.config import JobConfig
 from cluster.driver_log import DriverLog
 from cluster.failures import Failures, count_without_progress
-from cluster.fit import Fit, Fits
+from cluster.fit import Fit
 from cluster.lease import Lease
 from cluster.node_agent import NodeAgents
 from cluster.nodes import Nodes
 from cluster.options import amounts
 from cluster.relay import News, start_relay
 from cluster.run_metrics import RunMetrics
+from cluster.standby import Standby
 from cluster.stops import Stops
 from cluster.watch import Watch
 from pipeline.errors import StoreError
@@ -39,8 +40,6 @@ _POLL_S = 0.25
 _SETTLE_S = 4.0
 """For how long more workers than there is room for are hoped for: those of an attempt that ended free theirs late."""
 _WAIT_TOLD_S = 30.0
-_PREPARE_AFTER_S = 10.0
-"""An attempt has trained this long before the next one is prepared, beside it and on the driver's node."""
 
 
 class RunFailedError(Exception):
@@ -89,7 +88,7 @@ class Driver:
         self._on_news = on_news
         name = f"tarmac-{lease.record.driver}"
         self._relay = start_relay(name)
-        self._fits = Fits(job, self._relay, lease.record, local=local)
+        self._standby = Standby()
         self._agents, self._nodes, self._metrics = NodeAgents(name), Nodes(job), RunMetrics(str(run))
         self._here: str = ray.get_runtime_context().get_node_id()
         self._number = next_attempt(run) - 1
@@ -105,13 +104,7 @@ class Driver:
             RunFailedError: an error that a restart cannot mend, a crash loop, or another driver took over.
         """
         with self._wanted_of_autoscaler():
-            try:
-                reason = self._drive()
-            except Exception:  # a second signal is none: it ends at once
-                self._fits.close(self._number)
-                raise
-            self._fits.close(self._number)
-            return reason
+            return self._drive()
 
     def _drive(self) -> StopReason:
         outcome = _Outcome("", then="resume" if self._number else "first")
@@ -137,7 +130,10 @@ class Driver:
         if num_workers is None:
             return _ENDS["stop"]
         self._tell("placed", num_workers=num_workers)
-        fit = self._fits.begin(self._number, num_workers)
+        ray.get(self._relay.begin.remote(self._number))
+        payload = {"relay": self._relay, "attempt": self._number, "lease": self._lease.record}
+        fit = Fit(self._job, num_workers, payload, local=self._local)
+        fit.start()
         watch = Watch(
             self._job,
             num_workers,
@@ -183,10 +179,8 @@ class Driver:
                 self._tell("stopping", signal=self._stops.asked_by)
                 watch.stop("stop")
             watch.look(news)
-            self._fits.started(self._number, news.workers)
-            if watch.aim is None and watch.training_s > _PREPARE_AFTER_S:
-                sizes = self._nodes.next_sizes([worker.node for worker in news.workers])
-                self._fits.prepare(self._number, sizes, news.environment, self._nodes.candidates(self._used))
+            if self._job.standby and watch.aim is None and news.environment:
+                self._standby.fill(self._used, self._nodes.spares(self._used), news.environment)
 
     def _outcome(self, fit: Fit, watch: Watch, news: News) -> _Outcome:
         if fit.reason is StopReason.FINISHED:

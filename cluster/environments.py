@@ -8,9 +8,11 @@ from typing import Any
 
 from cluster.fork_server import command
 from cluster.host_memory import keep_freed
-from cluster.standby import imports, imports_first
 
-_CONTROLLER = ("ray.train.torch", "cluster.turns")
+_CONTROLLER = ("ray.train.torch", "cluster.roll_call")
+_WORKER = ("ray.train.torch", "torch.distributed.fsdp", "torch._dynamo")
+"""With a GPU, what does not touch CUDA: which one it has a worker learns with its work."""
+_WORKER_ON_CPU = ("cluster.worker", "pipeline.decode")
 _CHOSEN = ("py_executable", "container", "image_uri", "nsight", "rocprof-sys")
 """With one of these, whoever started the driver has said how processes are to be started."""
 
@@ -26,14 +28,14 @@ def of_controllers(of_driver: Mapping[str, Any], variables: Mapping[str, str]) -
 
 
 def of_workers(of_driver: Mapping[str, Any], *, gpu: bool) -> dict[str, Any]:
-    """For Ray Train. The hook in it is for processes that are not forked: it imports what they do not find.
+    """For Ray Train.
 
     Args:
         of_driver: the environment of the job that the driver is, which theirs is added to.
         gpu: each worker has one.
     """
-    variables = imports_first(gpu=gpu) | ({} if gpu else keep_freed())
-    return {"env_vars": variables} | _forked(of_driver, imports(gpu=gpu))
+    imports = _WORKER if gpu else _WORKER + _WORKER_ON_CPU
+    return {"env_vars": {} if gpu else keep_freed()} | _forked(of_driver, imports)
 
 
 def _forked(of_driver: Mapping[str, Any], modules: Sequence[str], owner: int = 0) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class EvaluateOptions:
     max_attempts_without_progress: int = 3
     """Restarts in a row that committed nothing, after which the run stops as a crash loop."""
     standby: bool = True
-    """Have the next attempt's processes wait beside this one's: faster restarts, for memory on every node."""
+    """Have a process with all imports wait on spare nodes: faster moves to them, for their memory."""
     json: bool = False
     """Print the result as JSON; progress goes to stderr."""
     train: Annotated[EvaluateConfig, tyro.conf.arg(name="")]

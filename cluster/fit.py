@@ -1,4 +1,4 @@
-"""An attempt's worker group, from Ray Train's start to its end; the next one's is prepared while this one trains."""
+"""An attempt's worker group, from Ray Train's start to its end."""
 
 from __future__ import annotations
 
@@ -23,12 +23,9 @@ from ray.util.placement_group import remove_placement_group
 from cluster.capacity import worker_resources
 from cluster.config import JobConfig
 from cluster.environments import of_controllers, of_workers
-from cluster.lease import LeaseRecord
 from cluster.log_setup import without_secrets
 from cluster.process_group import torch_config
-from cluster.relay import Worker
-from cluster.standby import Standby
-from cluster.turns import Turn
+from cluster.roll_call import RollCall
 from cluster.worker import train_worker
 from trainer.config import to_dict
 from trainer.loop import StopReason
@@ -44,8 +41,8 @@ _VARIABLES = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCK
 class Fit(threading.Thread):
     """`trainer.fit()` off the main thread: there it would take SIGINT for itself and abort without a checkpoint.
 
-    Ray Train starts the workers once the relay says that their attempt has begun, and ends them all when one fails; it
-    does not start them again. Nothing of its own checkpointing is used, so its storage is scratch.
+    Ray Train starts the workers, and ends them all when one fails; it does not start them again. Nothing of its own
+    checkpointing is used, so its storage is scratch.
 
     Args:
         job: what to train.
@@ -84,7 +81,7 @@ class Fit(threading.Thread):
 
     def _give_place_back(self) -> None:
         try:
-            place = ray.get(self._relay.place.remote(self._attempt, self.num_workers), timeout=_ANSWER_S)
+            place = ray.get(self._relay.place.remote(self._attempt), timeout=_ANSWER_S)
             if place is not None:
                 remove_placement_group(place)
         except Exception as error:  # Ray is gone, and with it the place
@@ -92,8 +89,8 @@ class Fit(threading.Thread):
 
 
 def why(error: BaseException) -> str:
-    """The first line that says something: Ray Train's own begin with headings, and some go on for pages."""
-    headings = ("Training failed due to worker errors", "[Rank ")
+    """The first line that says something: Ray Train's own begin with headings or a traceback, and go on for pages."""
+    headings = ("Training failed due to ", "[Rank ", "Traceback ", " ")
     lines = (line for line in str(error).splitlines() if line.strip() and not line.startswith(headings))
     return without_secrets(f"{type(error).__name__}: {next(lines, 'no reason given')}")
 
@@ -122,7 +119,7 @@ def ray_trainer(
             worker_runtime_env=environment,
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
             logging_config=LoggingConfig(log_level="ERROR"),
-            callbacks=[Turn(payload["relay"], payload["attempt"], num_workers)],
+            callbacks=[RollCall(payload["relay"], payload["attempt"])],
         ),
     )
 
@@ -148,73 +145,3 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         controller = actor.remote(**arguments)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())
-
-
-class Fits:
-    """The fit of the attempt that runs, and those that wait for the next, with processes for its workers.
-
-    A fit begins with a process of Ray Train's that imports PyTorch, and the workers' processes do it again: on few CPUs
-    most of a restart, which the next attempt need not wait for.
-
-    Args:
-        job: what to train.
-        relay: the driver's.
-        lease: the driver's.
-        local: all workers are on this machine.
-    """
-
-    def __init__(self, job: JobConfig, relay: Any, lease: LeaseRecord, *, local: bool) -> None:
-        self._job, self._relay, self._lease, self._local = job, relay, lease, local
-        self._next: dict[int, Fit] = {}
-        self._ending: list[Fit] = []
-        self._standby, self._used_by = Standby(worker_resources(job)), 0
-
-    def begin(self, attempt: int, num_workers: int) -> Fit:
-        """Start the workers of an attempt."""
-        ready = self._next.pop(num_workers, None)
-        self._end_waiting(attempt, num_workers)
-        return ready if ready is not None and ready.is_alive() else self._start(attempt, num_workers)
-
-    def started(self, attempt: int, workers: list[Worker]) -> None:
-        """The workers of an attempt, once they are known, may be in processes that waited for them."""
-        if workers and self._used_by != attempt:
-            self._used_by = attempt
-            self._standby.take(worker.node for worker in workers)
-
-    def prepare(self, attempt: int, sizes: list[int], environment: str, nodes: list[dict[str, Any]]) -> None:
-        """Have fits and processes wait for the attempt after this one; called again and again, it begins one at a time.
-
-        Args:
-            attempt: this one's number.
-            sizes: how many workers the next one may have, each of which has a fit.
-            environment: of this one's workers, as Ray passes it on.
-            nodes: which the next one may be on, from `ray.nodes()`.
-        """
-        if not self._job.standby:
-            return
-        # In turn: a fit is closed at once only when its process has started, which all the others would delay.
-        for size in sizes:
-            if size not in self._next or not self._next[size].is_alive():
-                self._next[size] = self._start(attempt + 1, size)
-            if not ray.get(self._relay.is_ready.remote(attempt + 1, size)):
-                return
-        self._standby.fill(nodes, max(sizes), environment)
-
-    def close(self, attempt: int) -> None:
-        """End those that wait: Ray must not be shut down under them. `attempt` is the last one's number."""
-        if self._next:
-            self._end_waiting(attempt + 1, 0)
-        for fit in self._ending:
-            fit.join(_CLOSE_S)
-
-    def _end_waiting(self, attempt: int, num_workers: int) -> None:
-        """Let an attempt begin: fits that wait for another end."""
-        self._ending = [fit for fit in (*self._ending, *self._next.values()) if fit.is_alive()]
-        self._next = {}
-        ray.get(self._relay.begin.remote(attempt, num_workers))
-
-    def _start(self, attempt: int, num_workers: int) -> Fit:
-        payload = {"relay": self._relay, "attempt": attempt, "lease": self._lease}
-        fit = Fit(self._job, num_workers, payload, local=self._local)
-        fit.start()
-        return fit

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from cluster.capacity import Refusals, num_after_loss, num_fitting, num_within, worker_resources, world_within
+from cluster.capacity import Refusals, num_fitting, num_within, worker_resources, world_within
 from cluster.config import JobConfig
 from cluster.draining import draining_nodes
 
@@ -74,22 +74,10 @@ class Nodes:
         """An attempt with so many workers was made, and Ray had a place for them or not."""
         self._refusals.note(num_workers, self._fitting, time.monotonic(), found=found)
 
-    def next_sizes(self, running: Collection[str]) -> list[int]:
-        """World sizes that may come after this one: the same, what is left without a node, what has come.
-
-        Args:
-            running: the node of each worker of ours.
-        """
-        fewer = world_within(self._job, num_after_loss(self.staying(), self._need))
-        # Asking Ray what is free is for those that may grow.
-        more = self.room(running) if len(running) < self._job.num_workers else None
-        return list(dict.fromkeys(size for size in (len(running), fewer, more) if size is not None))
-
-    def candidates(self, used: Collection[str]) -> list[dict[str, Any]]:
-        """Nodes that the next attempt may be on: those of `used` that stay, and some others that hold a worker."""
-        able = [node for node in self.staying() if num_within(node["Resources"], self._need)]
-        others = [node for node in able if node["NodeID"] not in used]
-        return [node for node in able if node["NodeID"] in used] + others[:_NUM_SPARES]
+    def spares(self, used: Collection[str]) -> list[dict[str, Any]]:
+        """Some nodes beside those of `used` that hold a worker, and that the next attempt may be on."""
+        others = [node for node in self.staying() if node["NodeID"] not in used]
+        return [node for node in others if num_within(node["Resources"], self._need)][:_NUM_SPARES]
 
     def shortage(self) -> dict[str, Any]:
         """Why workers wait, by the last `room()`, as the fields of an event.

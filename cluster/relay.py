@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,10 +12,6 @@ from ray.util.placement_group import PlacementGroup
 
 from cluster.processes import start_time
 from trainer.wishes import Wish
-
-TURNS = "turns"
-"""Ray's name for the relay's threads in which controllers wait: all other calls are answered one by one, beside."""
-_MAX_WAITING = 16
 
 
 @dataclass(frozen=True)
@@ -68,15 +63,11 @@ class Relay:
     def __init__(self) -> None:
         self._news = News()
         self._notices: list[dict[str, Any]] = []
-        self._ready: set[tuple[int, int]] = set()
-        self._turn = threading.Condition()
-        self.begin(0, 0)
+        self.begin(0)
 
-    def begin(self, attempt: int, num_workers: int) -> None:
+    def begin(self, attempt: int) -> None:
         """From now on only what workers of this attempt say counts."""
-        with self._turn:
-            self._attempt, self._num_workers = attempt, num_workers
-            self._turn.notify_all()
+        self._attempt = attempt
         self._wish = Wish.GO_ON
         self._workers: list[Worker] = []
         self._environment = ""
@@ -84,20 +75,6 @@ class Relay:
         self._pulses: dict[int, float] = {}
         self._fatal: str | None = None
         self._error: str | None = None
-
-    def begun(self, attempt: int, num_workers: int, patience_s: float) -> tuple[int, int]:
-        """The attempt whose turn it is, and the number of its workers; asked by a controller that waits for its own.
-
-        It is answered when that has come, or gone by, or after `patience_s`, in one of the threads of `TURNS`.
-        """
-        with self._turn:
-            self._ready.add((attempt, num_workers))
-            self._turn.wait_for(lambda: self._attempt >= attempt, patience_s)
-            return self._attempt, self._num_workers
-
-    def is_ready(self, attempt: int, num_workers: int) -> bool:
-        """Whether a controller has waited for this attempt with so many workers."""
-        return (attempt, num_workers) in self._ready
 
     def push(self, attempt: int, record: dict[str, Any]) -> None:
         """Take a step record for the driver."""
@@ -128,9 +105,9 @@ class Relay:
         if attempt == self._attempt:
             self._place = place
 
-    def place(self, attempt: int, num_workers: int) -> PlacementGroup | None:
-        """What was reserved for so many workers of an attempt; None if they have not started, or others have."""
-        return self._place if (attempt, num_workers) == (self._attempt, self._num_workers) else None
+    def place(self, attempt: int) -> PlacementGroup | None:
+        """What was reserved for an attempt's workers; None if they have not started, or the next one's have."""
+        return self._place if attempt == self._attempt else None
 
     def note_pulse(self, attempt: int, rank: int) -> None:
         """A worker is alive."""
@@ -174,6 +151,5 @@ def start_relay(name: str) -> Any:
         name: by which other actors of this driver find it.
     """
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    # Ray's stubs don't know of the groups, and its `options` does not take them.
-    actor: Any = ray.remote(concurrency_groups={TURNS: _MAX_WAITING})(Relay)  # type: ignore[call-overload]
+    actor: Any = ray.remote(Relay)
     return actor.options(name=name, num_cpus=0, label_selector=here).remote()

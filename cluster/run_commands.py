@@ -53,7 +53,7 @@ class PretrainOptions:
     stall_timeout_s: float = 600.0
     """Workers that complete no step for this long are killed, and the run restarted."""
     standby: bool = True
-    """Have the next attempt's processes wait beside this one's: faster restarts, for memory on every node."""
+    """Have a process with all imports wait on spare nodes: faster moves to them, for their memory."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The recipe, field by field."""
 

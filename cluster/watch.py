@@ -57,7 +57,7 @@ class Watch:
         self._job, self._num_workers, self._nodes, self._killer = job, num_workers, nodes, killer
         self._ask, self._tell, self._driver_node = ask, tell, driver_node
         self._began = self._progressed = time.monotonic()
-        self._first_step: float | None = None
+        self._has_trained = False
         self._killed = -_AGAIN_S
         self._known: set[str] = set()
         self._more_since: float | None = None
@@ -69,17 +69,10 @@ class Watch:
         self.broken_by = ""
         """The same in words: who, for how long, and which option sets the limit."""
 
-    @property
-    def training_s(self) -> float:
-        """Time since the attempt's first step."""
-        return 0.0 if self._first_step is None else time.monotonic() - self._first_step
-
     def look(self, news: News) -> None:
         """Take the news, look at the nodes, and act."""
         if news.records:
-            self._progressed = time.monotonic()
-            if self._first_step is None:
-                self._first_step = self._progressed
+            self._progressed, self._has_trained = time.monotonic(), True
         self._save_s = max([self._save_s, *(event["seconds"] for event in news.events if event["event"] == "save")])
         self._look_for_silence(news.workers)
         self._look_for_stall(news.workers)
@@ -158,7 +151,7 @@ class Watch:
     def _look_for_more(self, workers: list[Worker]) -> None:
         """More workers than now fit, and have for a while."""
         if (
-            self._first_step is None
+            not self._has_trained
             or time.monotonic() - self._began < _RESIZE_AFTER_S
             or self._num_workers == self._job.num_workers
         ):

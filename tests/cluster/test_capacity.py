@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.capacity import Refusals, num_after_loss, num_fitting, num_within, worker_resources, world_within
+from cluster.capacity import Refusals, num_fitting, num_within, worker_resources, world_within
 from cluster.config import JobConfig
 from pipeline.config import DataConfig
 from trainer.config import ParallelConfig, TrainConfig
@@ -42,12 +42,6 @@ def test_workers_are_counted_node_by_node_beside_what_else_runs(free, running, n
 def test_every_resource_of_a_worker_has_to_be_on_its_node():
     free = {"a": {"CPU": 8.0}, "b": {"CPU": 8.0, "GPU": 1.0}}
     assert num_fitting(TWO_NODES, free, [], {"CPU": 1.0, "GPU": 1.0}) == 1
-
-
-def test_the_node_that_is_lost_is_the_one_with_the_most_workers():
-    nodes = [node("a", CPU=4.0), node("b", CPU=3.0), node("c", CPU=8.0)]
-    assert num_after_loss(nodes, {"CPU": 2.0}) == 3
-    assert num_after_loss([], {"CPU": 2.0}) == 0
 
 
 def test_sums_of_fractions_lose_no_worker():

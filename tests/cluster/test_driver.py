@@ -34,6 +34,9 @@ class MadeUpFit:
         for name, value in end.items():
             setattr(self, name, value)
 
+    def start(self) -> None:
+        pass
+
     def join(self, timeout_s: float) -> None:
         pass
 
@@ -53,7 +56,7 @@ class Scene:
         self.news = News()
         self.free = dict.fromkeys(NODES, 1.0)
 
-    def begin(self, attempt: int, num_workers: int) -> MadeUpFit:
+    def fit(self, job: JobConfig, num_workers: int, payload: dict[str, Any], *, local: bool) -> MadeUpFit:
         self.begun.append((self.now, num_workers))
         fit = self.fits.pop(0)
         fit.num_workers = num_workers
@@ -82,13 +85,13 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def stage(*fits: MadeUpFit) -> Scene:
         scene = Scene(Store(str(tmp_path / "run")), *fits)
         nothing = SimpleNamespace(refresh=lambda **kwargs: None, kill=lambda *args: None, take=lambda news: None)
-        fits_ = SimpleNamespace(begin=scene.begin, started=lambda *args: None, close=lambda attempt: None)
-        relay = SimpleNamespace(take=SimpleNamespace(remote=scene.take), wish=SimpleNamespace(remote=print))
+        calls = {"begin": int, "take": scene.take, "wish": print}
+        relay = SimpleNamespace(**{name: SimpleNamespace(remote=call) for name, call in calls.items()})
         clock = SimpleNamespace(monotonic=lambda: scene.now, sleep=scene.sleep, time=lambda: scene.now)
         context = SimpleNamespace(get_node_id=lambda: "head")
         monkeypatch.setattr(module, "ray", SimpleNamespace(get=lambda it: it, get_runtime_context=lambda: context))
         monkeypatch.setattr(module, "start_relay", lambda name: relay)
-        monkeypatch.setattr(module, "Fits", lambda *args, **kwargs: fits_)
+        monkeypatch.setattr(module, "Fit", scene.fit)
         monkeypatch.setattr(module, "NodeAgents", lambda name: nothing)
         monkeypatch.setattr(module, "RunMetrics", lambda run: nothing)
         monkeypatch.setattr(module, "time", clock)

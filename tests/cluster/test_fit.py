@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 from torch.distributed import BackendConfig
 
 from cluster.config import JobConfig
@@ -43,8 +43,8 @@ def test_a_worker_that_fails_ends_the_attempt(tmp_path, local):
 
 
 def test_what_a_controller_imports_of_ours_is_little():
-    """It unpickles the callback; each attempt, and each that waits, has a controller of its own."""
-    program = "import sys, cluster.turns; print(*sys.modules)"
+    """It unpickles the callback; each attempt has a controller of its own."""
+    program = "import sys, cluster.roll_call; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert {"trainer.loop", "pipeline.loader", "nvidia.dali", "s3fs"}.isdisjoint(done.stdout.split())
 
@@ -58,6 +58,14 @@ def test_what_a_controller_imports_of_ours_is_little():
                 {},
             ),
             "WorkerGroupError: 7 worker(s) were killed due to the node running low on memory.",
+        ),
+        (
+            WorkerGroupError("Traceback (most recent call last):\n  File a.py\n    b()\nValueError: c\nmore", {}),
+            "WorkerGroupError: ValueError: c",
+        ),
+        (
+            ControllerError(RuntimeError("its node has died")),
+            "ControllerError: its node has died",
         ),
         (RuntimeError("no s3://me:word@bucket/a?token=1 there"), "RuntimeError: no s3://bucket/a there"),
         (KeyboardInterrupt(), "KeyboardInterrupt: no reason given"),

@@ -134,28 +134,12 @@ def test_a_shortage_tells_what_is_needed_what_there_is_and_how_many_fit(two_node
     assert nodes.shortage() == {"need": need, "have": have, "num_least": 3, "num_fitting": 1, "retry_s": 0.0}
 
 
-@pytest.mark.parametrize(
-    ("workers", "running", "sizes"),
-    [
-        pytest.param((4, None), ["a", "a", "b", "b"], [4], id="always the same"),
-        pytest.param((4, 1), ["a", "a", "b", "b"], [4, 2], id="a node may be lost"),
-        pytest.param((4, 3), ["a", "a", "b", "b"], [4], id="too few would be left"),
-        pytest.param((4, 1), ["a"], [1, 2, 4], id="and may have come"),
-    ],
-)
-def test_sizes_that_may_come_next(
-    two_nodes: Ray, workers: tuple[int, int | None], running: list[str], sizes: list[int]
-) -> None:
-    two_nodes.free = {name: 8.0 - 4.0 * running.count(name) for name in ("a", "b")}
-    assert two_nodes.look(Nodes(job(*workers))).next_sizes(running) == sizes
-
-
-def test_the_next_attempt_may_be_where_this_one_is_and_on_four_others_that_hold_a_worker(ray: Ray) -> None:
-    ray.nodes = [node(name) for name in "abcdefgh"] + [node("small", 2.0)]
+def test_spares_are_four_nodes_at_most_that_stay_and_hold_a_worker(ray: Ray) -> None:
+    ray.nodes = [node("small", 2.0)] + [node(name) for name in "abcdefghi"]
     ray.draining = {"b": None, "d": None}
     nodes = ray.look(Nodes(job()))
-    assert ids(nodes.candidates({"a", "b", "h"})) == ["a", "h", "c", "e", "f", "g"]
-    assert ids(nodes.candidates(set())) == ["a", "c", "e", "f"]
+    assert ids(nodes.spares({"a", "b", "h"})) == ["c", "e", "f", "g"]
+    assert ids(nodes.spares({"a", "c", "e", "f"})) == ["g", "h", "i"]
 
 
 def test_nodes_that_stay_are_up_and_have_no_notice(ray: Ray) -> None:

@@ -1,10 +1,6 @@
 """The driver's and workers' shared memory: news taken once, errors of an attempt that stay, wishes."""
 
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-
-import pytest
 
 from cluster.relay import Relay, Worker
 from trainer.wishes import Wish
@@ -12,7 +8,7 @@ from trainer.wishes import Wish
 
 def relay_of(attempt: int) -> Relay:
     relay = Relay()
-    relay.begin(attempt, 2)
+    relay.begin(attempt)
     return relay
 
 
@@ -35,7 +31,7 @@ def test_what_workers_of_an_earlier_attempt_still_say_does_not_count():
     relay = relay_of(1)
     relay.note_error(1, "ShardError: a", fatal=True)
     relay.wish(Wish.STOP)
-    relay.begin(2, 2)
+    relay.begin(2)
     relay.push(1, {"step": 7})
     relay.announce(1, {"event": "save"})
     relay.note_error(1, "late", fatal=True)
@@ -78,39 +74,17 @@ def test_workers_are_known_before_their_first_sign_of_life_and_silent_until_the_
 def test_notices_come_whichever_attempt_runs():
     relay = relay_of(1)
     relay.note_notice({"node": "a", "source": "ec2", "deadline": None})
-    relay.begin(2, 2)
+    relay.begin(2)
     assert [relay.take().notices, relay.take().notices] == [[{"node": "a", "source": "ec2", "deadline": None}], []]
 
 
-def test_a_controller_that_waits_for_its_turn_is_known():
-    relay = relay_of(1)
-    assert relay.begun(1, 2, 60) == (1, 2)
-    assert not relay.is_ready(2, 2)
-    assert relay.begun(2, 2, 0) == (1, 2)
-    assert relay.is_ready(2, 2)
-    assert not relay.is_ready(2, 1)
-
-
-@pytest.mark.parametrize("begun", [2, 3])
-def test_a_controller_is_told_at_once_when_its_turn_has_come_or_gone_by(begun):
-    relay = relay_of(1)
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(relay.begun, 2, 2, 60)
-        while not relay.is_ready(2, 2):
-            time.sleep(0.01)
-        assert not answer.done()
-        relay.begin(begun, 2)
-        assert answer.result(10) == (begun, 2)
-
-
-def test_a_place_is_of_the_attempt_and_size_that_runs():
+def test_a_place_is_of_the_attempt_that_runs():
     relay = relay_of(1)
     relay.note_place(2, "another's")
-    assert relay.place(1, 2) is None
+    assert relay.place(1) is None
     relay.note_place(1, "ours")
-    assert relay.place(1, 2) == "ours"
-    assert relay.place(1, 3) is None  # a controller that waited for another size must not give it back
-    assert relay.place(2, 2) is None
-    relay.begin(2, 2)
-    assert relay.place(1, 2) is None
-    assert relay.place(2, 2) is None
+    assert relay.place(1) == "ours"
+    assert relay.place(2) is None
+    relay.begin(2)
+    assert relay.place(1) is None
+    assert relay.place(2) is None

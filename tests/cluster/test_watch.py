@@ -319,11 +319,3 @@ def test_the_first_reason_to_kill_is_told(begin: Any) -> None:
     assert scene.killed == [("b", 101, 8), ("a", 100, 7), ("b", 101, 8)]
     assert scene.watch.broken == "silence"
     assert "rank 1" in scene.watch.broken_by
-
-
-def test_time_in_training_begins_with_the_first_step(scene: Scene) -> None:
-    scene.look(30.0)
-    assert scene.watch.training_s == 0.0
-    scene.train(1)
-    scene.look(4.0)
-    assert scene.watch.training_s == 4.0

@@ -64,7 +64,7 @@ def job(tmp_path: Path) -> JobConfig:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's own, which Ray Train imports
 def test_the_workers_place_is_free_after_an_attempt_whose_end_fails(one_cpu: None, job: JobConfig) -> None:
     relay = start_relay("test-fit")
-    ray.get(relay.begin.remote(1, 1))
+    ray.get(relay.begin.remote(1))
     fit = Fit(job, 1, {"relay": relay, "attempt": 1, "lease": 1}, local=True)
     fit._trainer.backend_config = last_call_fails()
     fit.run()
@@ -77,7 +77,7 @@ def test_the_workers_place_is_free_after_an_attempt_whose_end_fails(one_cpu: Non
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_worker_that_freezes_before_its_first_sign_of_life_is_killed(one_cpu: None, job: JobConfig) -> None:
     relay = start_relay("test-fit")
-    ray.get(relay.begin.remote(1, 1))
+    ray.get(relay.begin.remote(1))
     fit = Fit(job, 1, {"relay": relay, "attempt": 1, "lease": 1}, local=True)
     fit.start()
     while not (news := ray.get(relay.take.remote())).workers:

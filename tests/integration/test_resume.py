@@ -224,24 +224,28 @@ def test_a_stop_signal_saves_and_exits_75_and_the_same_command_goes_on(cluster, 
     assert "is at step 60 of 60" in finished(cluster, dataset, run)  # a finished run says so
 
 
-def test_the_next_attempt_is_prepared_while_one_trains_and_none_is_left_behind(cluster, dataset, tmp_path):
+def test_a_spare_node_is_ready_for_workers_and_nothing_is_left_behind(cluster, dataset, tmp_path):
+    cluster.add_node(num_cpus=1)
     driver = Driver(cluster, dataset, str(tmp_path / "run"), options=["--optim.num-steps", "1000000"])
     driver.wait_for_step(1)
-    (first,) = controllers()
-    wait_until(lambda: (len(controllers()), len(waiting())) == (2, 2))  # a worker may be on either node
-    (prepared,), processes = controllers() - {first}, waiting()
-    kill_worker(driver.run, rank=1)
-    wait_until(lambda: last_start(driver.run)["attempt"] == 2)
-    assert set(last_start(driver.run)["pids"]) == processes
-    assert prepared in controllers()
-    assert first not in controllers()
-    wait_until(lambda: (len(controllers()), len(waiting())) == (2, 2))
-    assert not waiting() & processes
-    check_metrics(driver, cluster.head_node.metrics_export_port)
+    wait_until(lambda: len(waiting()) == 1)
+    ready, used = servers(waiting()), ancestors(last_start(driver.run)["pids"])
+    assert not ready & used
+    lost = next(node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid in used)
+    cluster.remove_node(lost, allow_graceful=False)
+    driver.wait_for_step(last_record(driver.run)["step"] + 20)
+    start = last_start(driver.run)
+    assert start["world_size"] == 2
+    assert ready < ancestors(start["pids"])
+    assert not waiting()  # no node is to spare
     driver.process.terminate()
     code, text = driver.finish()
     assert code == 75, text
     wait_until(lambda: not controllers() | waiting())  # Ray ends a driver's actors soon after it
+
+
+def ancestors(processes):
+    return {parent.pid for pid in processes for parent in psutil.Process(pid).parents()}
 
 
 def check_metrics(driver, port):
@@ -275,7 +279,7 @@ def test_a_controller_that_is_killed_leaves_its_workers_place_to_the_next(cluste
 
 
 def test_workers_and_controllers_are_forked_from_what_their_nodes_first_left(cluster, dataset, tmp_path):
-    driver = Driver(cluster, dataset, str(tmp_path / "run"), options=["--optim.num-steps", "1000000", "--no-standby"])
+    driver = Driver(cluster, dataset, str(tmp_path / "run"), options=["--optim.num-steps", "1000000"])
     driver.wait_for_step(10)
     before = servers(last_start(driver.run)["pids"]), servers(controllers())
     kill_worker(driver.run, rank=1)
@@ -283,6 +287,7 @@ def test_workers_and_controllers_are_forked_from_what_their_nodes_first_left(clu
     assert last_start(driver.run)["attempt"] == 2
     assert (servers(last_start(driver.run)["pids"]), servers(controllers())) == before
     assert [len(one) for one in before] == [2, 1]
+    check_metrics(driver, cluster.head_node.metrics_export_port)
     driver.process.terminate()
     code, text = driver.finish()
     assert code == 75, text
@@ -301,10 +306,10 @@ def last_record(run):
 
 def test_without_standby_nothing_waits(cluster, dataset, tmp_path):
     options = ["--optim.num-steps", "1000000", "--no-standby"]
-    driver = Driver(cluster, dataset, str(tmp_path / "run"), options=options)
+    driver = Driver(cluster, dataset, str(tmp_path / "run"), num_workers=1, options=options)
     driver.wait_for_step(1)
-    time.sleep(15)  # with it, they are begun ten seconds after the first step
-    assert (len(controllers()), waiting()) == (1, set())
+    time.sleep(15)  # with it, a process waits on the other node as soon as it has imported
+    assert waiting() == set()
     driver.process.terminate()
     code, text = driver.finish()
     assert code == 75, text

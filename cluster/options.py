@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,6 +74,17 @@ def report(numbers: dict[str, Any], as_json: bool) -> None:
 def amounts(resources: dict[str, float]) -> str:
     """`2 CPU` or `2 CPU and 2 GPU`."""
     return " and ".join(f"{amount:g} {kind}" for kind, amount in resources.items() if amount or kind == "CPU")
+
+
+def shortage(waiting: Mapping[str, Any]) -> str:
+    """Why workers wait, from a `waiting` event; those of older runs say less."""
+    need, have = amounts(waiting["need"]), amounts(waiting["have"])
+    text = f"the workers need {need}, the nodes that stay have {have}"
+    if waiting.get("retry_s"):
+        return f"{text}; Ray found no place for them there, and is asked again in {waiting['retry_s']:.0f} s"
+    if "num_fitting" in waiting:
+        text += f", with room for {waiting['num_fitting']} of {waiting['num_least']} workers beside what else runs"
+    return text
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from cluster.options import amounts, duration
+from cluster.options import duration, shortage
 from cluster.relay import News
 
 _PLAIN_EVERY_S = 10.0
@@ -80,8 +80,7 @@ class RunProgress:
             scores = ", ".join(f"top-{k} {event[f'val_top{k}']:.2%}" for k in (1, 5))
             self._say(f"epoch {event['epoch']:.2f}: {scores} of {event['val_num_samples']:,} images", "green")
         elif kind == "waiting":
-            need, have = (amounts(event[side]) for side in ("need", "have"))
-            self._say(f"waiting for workers: they need {need}; the nodes that stay have {have} in all", "yellow")
+            self._say(f"waiting: {shortage(event)}", "yellow")
         elif kind == "stopping":
             self._say(f"{event['signal']}: saving a checkpoint, then stopping; once more to stop at once", "yellow")
 

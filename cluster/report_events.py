@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cluster.options import amounts
+from cluster.options import shortage
 from trainer.metrics import Event
 
 _MAX_CHARS = 300
@@ -65,12 +65,7 @@ def _stop(event: Event) -> str:
 
 
 def _waiting(event: Event) -> str:
-    text = f"waited for nodes: the workers need {amounts(event['need'])}, the cluster has {amounts(event['have'])}"
-    if event.get("retry_s"):
-        return f"{text}; Ray found no place for them there, and is asked again in {event['retry_s']:.0f} s"
-    if "num_fitting" in event:
-        text += f", with room for {event['num_fitting']} of {event['num_least']} workers beside what else runs"
-    return text
+    return f"waited: {shortage(event)}"
 
 
 _SENTENCES: dict[str, Callable[[Event], str]] = {

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from cluster.lease import LeaseRecord, is_stale, read_lease
-from cluster.options import amounts
+from cluster.options import shortage
 from cluster.stop_request import stop_state
 from pipeline.errors import StoreError, StoreNotFoundError
 from pipeline.store import Store
@@ -193,7 +193,7 @@ def _judge_driven(newest: _Newest, stopping: bool) -> tuple[StateName, str | Non
     if stopping:
         return "stopping", "asked to; saves a checkpoint first"
     if now is not None and now["event"] == "waiting":
-        return "waiting", f"for workers: they need {amounts(now['need'])}; the cluster has {amounts(now['have'])}"
+        return "waiting", shortage(now)
     if now is not None and now["event"] == "start":
         return "running", None
     return "starting", None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_NODES = r"[^;]+"
+_DETAIL = r"(, with room for \d+ of \d+ workers beside what else runs|; Ray found no place for them there, .+)?"
 EVENTS = (
     r"attempt \d+: \d+ workers?, from (the start|the checkpoint of step \d+)(; resumed by itself, \d+ steps? again)?",
     r"checkpoint damaged, walked past: [^:]+: .+",
@@ -13,7 +13,7 @@ EVENTS = (
     r"node \w+ will be taken away( in \d+ s)? \([^)]+\): saving a checkpoint, and going on( without it)?",
     r"there is room for more workers: saved, and starting again with them",
     r"epoch \d+\.\d\d: top-1 [\d.]+%, top-5 [\d.]+% of [\d,]+ images",
-    rf"waiting for workers: they need {_NODES}; the nodes that stay have {_NODES} in all",
+    rf"waiting: the workers need [^,;]+, the nodes that stay have [^,;]+{_DETAIL}",
     r"(SIGTERM|SIGINT|tarmac stop): saving a checkpoint, then stopping; once more to stop at once",
     r"step \d+ was skipped: loss \S+, gradient norm \S+; its samples are in the events",
 )

@@ -11,6 +11,7 @@ from rich.console import Console
 from cluster.progress import RunProgress
 from cluster.relay import News
 from cluster.report_events import tell_events
+from tests.console_lines import strange_lines
 
 WAITING = {"event": "waiting", "need": {"CPU": 8.0}, "have": {"CPU": 16.0}}
 
@@ -46,10 +47,12 @@ def test_a_notice_says_what_is_done(action: str, in_report: str, on_console: str
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({}, "the workers need 8 CPU, the cluster has 16 CPU"),  # as older runs have it
+        ({}, "the workers need 8 CPU, the nodes that stay have 16 CPU"),  # as older runs have it
         ({"num_fitting": 1, "num_least": 2, "retry_s": 0.0}, "with room for 1 of 2 workers beside what else runs"),
         ({"num_fitting": 2, "num_least": 2, "retry_s": 41.6}, "Ray found no place for them there, and is asked again"),
     ],
 )
 def test_waiting_says_for_what(fields: dict[str, Any], text: str) -> None:
     assert text in told(WAITING | fields)
+    assert text in shown(WAITING | fields)
+    assert strange_lines(shown(WAITING | fields)) == []

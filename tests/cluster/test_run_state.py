@@ -38,7 +38,7 @@ def ended(outcome):
     ("driver", "rank_zero", "lease_age_s", "stop", "state", "reason"),
     [
         ([ASKED], [], 1, False, "starting", None),
-        ([ASKED, WAITING], [], 1, False, "waiting", "they need 4 CPU; the cluster has 2 CPU"),
+        ([ASKED, WAITING], [], 1, False, "waiting", "the workers need 4 CPU, the nodes that stay have 2 CPU"),
         ([ASKED, WAITING, PLACED], [], 1, False, "starting", None),
         ([ASKED, PLACED], [START], 1, False, "running", None),
         ([ASKED, PLACED], [START], 1, True, "stopping", "saves a checkpoint"),

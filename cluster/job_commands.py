@@ -207,7 +207,7 @@ class StopOptions:
     run: Annotated[str, tyro.conf.Positional]
     """URL of the run."""
     wait: bool = False
-    """Until nobody drives it any more."""
+    """Until nobody drives it any more; with --now until Ray says that its job has ended, too."""
     now: bool = False
     """Have Ray end the driver's process too, which gets a few seconds and may not save; needs --address."""
     address: str | None = field(default_factory=_default_address)
@@ -233,7 +233,7 @@ def stop(arguments: list[str]) -> int:
         return _tell_stopped(options, state, f"finished: {run} is at step {state.step}")
     ask_to_stop(run)
     if jobs is not None:
-        _stop_now(jobs, run)
+        _stop_now(jobs, run, wait=options.wait)
     driver = _await_end(run, Console(stderr=options.json)) if options.wait else None
     state = tell_state(run)
     if driver is not None:
@@ -255,13 +255,16 @@ def _tell_stopped(options: StopOptions, state: RunState, message: str) -> int:
     return 0
 
 
-def _stop_now(jobs: RayJobs, run: Store) -> None:
+def _stop_now(jobs: RayJobs, run: Store, *, wait: bool) -> None:
     from cluster.submit import active_job
 
     job = active_job(jobs, run.url)
     if job is None:
         raise CommandError(f"the cluster at {jobs.address} runs no job of {run}; the request in the bucket stays")
     jobs.stop(job.id)
+    while wait and job is not None and job.is_active:
+        time.sleep(_POLL_S)
+        job = jobs.get(job.id)
 
 
 def _await_end(run: Store, console: Console) -> LeaseRecord | None:

@@ -132,7 +132,7 @@ class Driver:
         self._tell("placed", num_workers=num_workers)
         ray.get(self._relay.begin.remote(self._number))
         payload = {"relay": self._relay, "attempt": self._number, "lease": self._lease.record}
-        fit = Fit(self._job, num_workers, payload, local=self._local)
+        fit = Fit(self._job, num_workers, payload, local=self._local, avoided=self._nodes.avoided)
         fit.start()
         watch = Watch(
             self._job,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import threading
+from collections.abc import Collection
 from typing import Any
 
 import ray
@@ -32,7 +33,6 @@ from trainer.loop import StopReason
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_S = 60.0
 _ANSWER_S = 10.0
 _VARIABLES = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE}
 """Of a controller, unless they are set."""
@@ -49,13 +49,16 @@ class Fit(threading.Thread):
         num_workers: ranks of this attempt.
         payload: for `train_worker`, beside the job.
         local: all workers are on this machine.
+        avoided: ids of nodes that Ray may still take for good ones, and that no worker is to be on.
     """
 
-    def __init__(self, job: JobConfig, num_workers: int, payload: dict[str, Any], *, local: bool) -> None:
+    def __init__(
+        self, job: JobConfig, num_workers: int, payload: dict[str, Any], *, local: bool, avoided: Collection[str] = ()
+    ) -> None:
         super().__init__(daemon=True, name="ray-train-fit")
         self._scratch = tempfile.TemporaryDirectory(prefix="tarmac-ray-train-", ignore_cleanup_errors=True)
         environment = of_workers(ray.get_runtime_context().runtime_env, gpu=job.gpus_per_worker > 0)
-        self._trainer = ray_trainer(job, num_workers, payload, environment, local, self._scratch.name)
+        self._trainer = ray_trainer(job, num_workers, payload, environment, local, avoided, self._scratch.name)
         self._relay, self._attempt = payload["relay"], payload["attempt"]
         self.num_workers = num_workers
         self.reason: StopReason | None = None
@@ -96,7 +99,13 @@ def why(error: BaseException) -> str:
 
 
 def ray_trainer(
-    job: JobConfig, num_workers: int, payload: dict[str, Any], environment: dict[str, Any], local: bool, scratch: str
+    job: JobConfig,
+    num_workers: int,
+    payload: dict[str, Any],
+    environment: dict[str, Any],
+    local: bool,
+    avoided: Collection[str],
+    scratch: str,
 ) -> TorchTrainer:
     """What Ray Train is told: `train_worker` on so many workers, ended by their first failure.
 
@@ -106,14 +115,21 @@ def ray_trainer(
         payload: for `train_worker`, beside the job.
         environment: the workers' runtime environment.
         local: all workers are on this machine.
+        avoided: nodes without workers.
         scratch: a folder for what Ray Train writes.
     """
     gpu = job.gpus_per_worker > 0
+    scaling = ScalingConfig(
+        num_workers=num_workers,
+        use_gpu=gpu,
+        resources_per_worker=worker_resources(job),
+        label_selector={"ray.io/node-id": f"!in({','.join(sorted(avoided))})"} if avoided else None,
+    )
     return _Trainer(
         train_worker,
         train_loop_config={"job": to_dict(job), **payload},
         torch_config=torch_config(gpu=gpu, local=local),
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpu, resources_per_worker=worker_resources(job)),
+        scaling_config=scaling,
         run_config=RunConfig(
             storage_path=scratch,
             worker_runtime_env=environment,

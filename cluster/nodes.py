@@ -44,7 +44,8 @@ class Nodes:
         self._next = time.monotonic() + _REFRESH_S
         self._nodes = ray.nodes()  # type: ignore[no-untyped-call]
         alive = {node["NodeID"] for node in self._nodes if node["Alive"]}
-        self._gone &= alive  # Ray knows it by now
+        # The others Ray knows of by now, or they were only slow to answer.
+        self._gone = _silent(node for node in self._nodes if node["Alive"] and node["NodeID"] in self._gone)
         noticed = {node: deadline for node, deadline in self.leaving.items() if node in alive}
         self.leaving = noticed | draining_nodes()
 
@@ -54,10 +55,7 @@ class Nodes:
 
     def look_for_dead(self) -> None:
         """Leave out nodes whose raylet does not answer: Ray itself notices only after several health checks."""
-        alive = [node for node in self._nodes if node["Alive"]]
-        with ThreadPoolExecutor(_NUM_CALLS) as pool:
-            answers = pool.map(_answers, alive)
-            self._gone = {node["NodeID"] for node, up in zip(alive, answers, strict=True) if not up}
+        self._gone = _silent(node for node in self._nodes if node["Alive"])
 
     def room(self, running: Collection[str] = ()) -> int | None:
         """The world size that fits now on the nodes that stay, beside what else runs there; None if it is too few.
@@ -99,9 +97,11 @@ class Nodes:
 
     def staying(self) -> list[dict[str, Any]]:
         """The nodes that are up and not about to go, as `ray.nodes()` has them."""
-        return [node for node in self._nodes if node["Alive"] and node["NodeID"] not in self._avoided()]
+        return [node for node in self._nodes if node["Alive"] and node["NodeID"] not in self.avoided]
 
-    def _avoided(self) -> Collection[str]:
+    @property
+    def avoided(self) -> set[str]:
+        """Nodes that are about to go, or do not answer while Ray still takes them for alive."""
         return self._gone | set(self.leaving)
 
 
@@ -109,6 +109,14 @@ def _free_by_node() -> dict[str, dict[str, float]]:
     """What nobody has reserved, by the node's id: Ray's public call adds all nodes up."""
     free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
     return free
+
+
+def _silent(nodes: Iterable[dict[str, Any]]) -> set[str]:
+    """Ids of those whose raylet does not answer."""
+    if not (asked := list(nodes)):
+        return set()
+    with ThreadPoolExecutor(_NUM_CALLS) as pool:
+        return {node["NodeID"] for node, up in zip(asked, pool.map(_answers, asked), strict=True) if not up}
 
 
 def _answers(node: dict[str, Any]) -> bool:

@@ -53,6 +53,8 @@ class Row:
     """Why it has no goal for that time though something died or hung; the time is shown all the same."""
     demo_model: bool = False
     """It trains the demo's recipe, not a smaller one; no undisturbed run is there to compare losses and weights to."""
+    is_long: bool = False
+    """What it is about takes longer than the steps of the others."""
     max_cadences_lost: int = 1
     in_save: bool = False
     """It ends in a save, beside which it trains on: those steps are beyond the cadence."""
@@ -296,12 +298,13 @@ ROWS = (
         "driver-frozen",
         "a driver sleeps past its lease, and wakes",
         frozen_driver,
+        is_long=True,
         in_save=True,  # the first one that its workers would begin, and may not
         check=other_refused,
         exempt=NEW_DRIVER,
     ),
     Row("node-lost", "a node lost, none to replace it", node_lost, 2, "1:2", resized=True, timed=True),
-    Row("node-added", "a node added", node_added, 1, "1:2", notice=True, resized=True),
-    Row("three-preemptions", "three preemptions in a row", three_preemptions, notice=True),
+    Row("node-added", "a node added", node_added, 1, "1:2", notice=True, resized=True, is_long=True),
+    Row("three-preemptions", "three preemptions in a row", three_preemptions, notice=True, is_long=True),
     Row("newest-damaged", "the newest checkpoint damaged", newest_damaged, timed=True, max_cadences_lost=2),
 )

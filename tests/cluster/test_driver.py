@@ -56,7 +56,7 @@ class Scene:
         self.news = News()
         self.free = dict.fromkeys(NODES, 1.0)
 
-    def fit(self, job: JobConfig, num_workers: int, payload: dict[str, Any], *, local: bool) -> MadeUpFit:
+    def fit(self, job: JobConfig, num_workers: int, payload: dict[str, Any], **where: Any) -> MadeUpFit:
         self.begun.append((self.now, num_workers))
         fit = self.fits.pop(0)
         fit.num_workers = num_workers

@@ -13,10 +13,10 @@ from pipeline.config import DataConfig
 from trainer.config import TrainConfig
 
 
-def trainer_of(tmp_path, *, local, **fields):
+def trainer_of(tmp_path, *, local, avoided=(), **fields):
     train = TrainConfig(data=DataConfig(global_batch_size=64, num_lanes=16))
     job = JobConfig(train=train, data="d", run="r", **fields)
-    return ray_trainer(job, 2, {"relay": None, "attempt": 1, "lease": 1}, {}, local, str(tmp_path))
+    return ray_trainer(job, 2, {"relay": None, "attempt": 1, "lease": 1}, {}, local, avoided, str(tmp_path))
 
 
 @pytest.mark.parametrize("local", [True, False])
@@ -33,6 +33,12 @@ def test_workers_on_cpus_use_gloo_alone(tmp_path):
     assert not trainer.scaling_config.use_gpu
     assert trainer.scaling_config.resources_per_worker == {"CPU": 1.0}
     assert BackendConfig(trainer.backend_config.backend).get_device_backend_map()["cpu"] == "gloo"
+
+
+def test_ray_is_told_which_nodes_are_to_have_no_worker(tmp_path):
+    assert trainer_of(tmp_path, local=False).scaling_config.label_selector is None
+    trainer = trainer_of(tmp_path, local=False, avoided={"b1", "a2"})
+    assert trainer.scaling_config.label_selector == {"ray.io/node-id": "!in(a2,b1)"}
 
 
 @pytest.mark.parametrize("local", [True, False])

@@ -190,3 +190,14 @@ def test_a_node_whose_raylet_does_not_answer_is_left_out_until_ray_knows(ray: Ra
     ray.look(nodes)
     ray.nodes[1] = node("b")
     assert ids(ray.look(nodes).staying()) == ["a", "b"]
+
+
+def test_a_node_whose_raylet_was_only_slow_to_answer_counts_again(ray: Ray) -> None:
+    port = closed_port()
+    ray.nodes = [node("a", port=port)]
+    nodes = ray.look(Nodes(job()))
+    nodes.look_for_dead()
+    assert nodes.avoided == {"a"}
+    with socket.create_server(("127.0.0.1", port)):
+        assert ids(ray.look(nodes).staying()) == ["a"]
+    assert nodes.avoided == set()

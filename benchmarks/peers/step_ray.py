@@ -39,7 +39,7 @@ def run_under_ray(spec: Spec, plan: Plan, address: str) -> None:
     ray.init(address="local", num_cpus=spec.num_threads, include_dashboard=False, log_to_driver=False)
     try:
         relay = start_relay("step-benchmark")
-        ray.get(relay.begin.remote(1, 1))
+        ray.get(relay.begin.remote(1))
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"spec": asdict(spec), "plan": asdict(plan), "address": address, "relay": relay},
